@@ -46,6 +46,8 @@ class LocalAdapter(ModelMixin, ConfigMixin):
             and sampling use the same. None: all 1.
         latent_channels: of a ``token_adapter`` that gets the condition as latents of the base's VAE, their channels;
             0: it gets pixels. latent_factor: pixels per latent. See :meth:`inputs`.
+        unconditional_scale: factor of the features on the rows of the negative prompt, the default when sampling
+            (:class:`~localctl.control.LocalAdapterControl`); training does not use it.
         condition: how conditions were made in training (``kind`` and its options), the default when sampling.
         base: name, id or folder of the base that the adapter was trained on.
 
@@ -73,6 +75,7 @@ class LocalAdapter(ModelMixin, ConfigMixin):
         token_width: int = TOKEN_WIDTH,
         latent_channels: int = 0,
         latent_factor: int = 8,
+        unconditional_scale: float = 1.0,
     ) -> None:
         super().__init__()
         check_shape(in_channels, channels, num_res_blocks, downscale_factor, adapter_type, token_width)
@@ -82,10 +85,12 @@ class LocalAdapter(ModelMixin, ConfigMixin):
         if mask_resize not in MASK_RESIZE:
             raise ValueError(f"Unknown mask_resize {mask_resize!r}; choose one of {', '.join(MASK_RESIZE)}.")
         for weight in level_weights or ():
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+            if not is_finite(weight) or weight < 0:
                 raise ValueError(
                     f"level_weights must be finite numbers of at least 0, one per level, not {level_weights!r}."
                 )
+        if not is_finite(unconditional_scale):
+            raise ValueError(f"unconditional_scale must be a finite number, not {shown(unconditional_scale)}.")
         if adapter_type == TOKENS:
             # The mask is one more channel; beside latents, each of its pixels.
             inputs = latent_channels + latent_factor**2 if latent_channels else in_channels + 1
@@ -209,6 +214,11 @@ class LocalAdapter(ModelMixin, ConfigMixin):
         self.adapter.save_pretrained(save_directory, **options)
 
 
+def is_finite(value: Any) -> bool:
+    """Return whether ``value`` is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def cast(adapter: LocalAdapter, dtype: torch.dtype) -> LocalAdapter:
     """Convert the weights of ``adapter`` in place, without diffusers' warning about modules to keep in float32: there
     are none."""
@@ -289,5 +299,6 @@ OPTIONS = (  # what a T2IAdapter does not have
     "token_width",
     "latent_channels",
     "latent_factor",
+    "unconditional_scale",
 )
 ADAPTERS: dict[str, Any] = {"LocalAdapter": LocalAdapter, "T2IAdapter": T2IAdapter}

@@ -74,6 +74,11 @@ class SavedAdapter:
         options = self.config.get("condition")
         return ConditionConfig(**options) if options else None
 
+    @property
+    def unconditional_scale(self) -> float:
+        """The factor of its features beside the negative prompt that images are generated with by default."""
+        return float(self.config.get("unconditional_scale", 1)) if self.local else 1.0
+
     def used_on(self, base: str) -> str | None:
         """Return a warning if ``base`` is not the base it was trained on, else None."""
         if self.base is None or same_base(self.base, base):
@@ -309,6 +314,7 @@ def check_config(config: Any, place: str) -> dict[str, Any]:
             ("mask_condition", bool, "true or false"),
             ("dim_condition", bool, "true or false"),
             ("level_weights", (list, tuple), "a list of numbers"),
+            ("unconditional_scale", (int, float), "a number"),
         ):
             value = config.get(name)
             if not (value is None or isinstance(value, types)):

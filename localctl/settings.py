@@ -179,9 +179,11 @@ def _check_mixture(mixture: Mapping[MixedKind, float] | None, needed: bool) -> N
         raise ValueError("The weights of the mask mixture are all zero; give at least one kind a positive weight.")
 
 
-def check_own_guidance(unconditional_scale: float, own_scale: float | None, guidance_scale: float | None) -> None:
+def check_own_guidance(
+    unconditional_scale: float | None, own_scale: float | None, guidance_scale: float | None
+) -> None:
     """Raise a ValueError for settings of an adapter's part in guidance that would have no effect or no meaning."""
-    if unconditional_scale == 1:
+    if unconditional_scale in (None, 1):
         return
     if guidance_scale is not None and guidance_scale <= 1 and own_scale is None:
         raise ValueError(
@@ -209,6 +211,7 @@ class LossConfig:
     normalise: ``mask`` divides the local term by the mask's area, so that small and large masks count equally; ``map``
         by the area of the whole image, as published.
     weight: factor of the local term; published value 1e-3.
+    start: share of the training after which the local term begins; before, nothing is computed for it.
     t_min: first timestep of ``step_unit``.
     t_max: last timestep of ``step_unit``.
     snr_cap: the largest weight of ``snr``.
@@ -230,6 +233,7 @@ class LossConfig:
     schedule: Schedule = "constant"
     normalise: Normalise = "mask"
     weight: Rate = 1e-3
+    start: Annotated[float, Field(ge=0, lt=1)] = 0.0
     t_min: NotNegative = 500
     t_max: int = 999
     snr_cap: Annotated[float, Field(gt=0)] = 5.0
@@ -255,6 +259,8 @@ class LossConfig:
             raise ValueError(f"loss.snr_min is of loss.schedule=low_noise, not {self.schedule}; leave it out.")
         if self.filter == "edges" and self.squared_mask and not self.mask_denoising:
             raise ValueError("loss.squared_mask has no effect on loss.filter=edges; leave it out.")
+        if self.filter == "none" and self.start:
+            raise ValueError("loss.start is of a local term, and loss.filter=none has none; leave it out.")
         if self.mask_denoising and self.masked_denoising_weight != 1:
             raise ValueError(
                 "With loss.mask_denoising only the mask counts, so loss.masked_denoising_weight has no effect; leave "

@@ -190,13 +190,14 @@ def test_adapters_saved_before_these_options_are_as_they_were(make_adapter: Make
     adapter = make_adapter(mask_condition=True)
     adapter.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    for name in ("dim_condition", "level_weights"):
+    for name in ("dim_condition", "level_weights", "unconditional_scale"):
         assert name in config
         del config[name]
     (tmp_path / "config.json").write_text(json.dumps(config))
     x = torch.rand(1, 2, 64, 64)
     for first, second in zip(adapter(x), LocalAdapter.from_pretrained(tmp_path)(x), strict=True):
         assert torch.equal(first, second)
+    assert LocalAdapter.from_pretrained(tmp_path).config["unconditional_scale"] == 1
 
 
 @pytest.mark.parametrize("weights", [(1.0, -1.0), (float("nan"),) * 4, ("1",) * 4, (True,) * 4])

@@ -57,6 +57,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"base": {"a": 1}}, "base must be the name"),
     ({"base": 15}, "base must be the name"),
     ({"mask_resize": ["area"]}, "mask_resize must be one of area"),
+    ({"unconditional_scale": "0"}, "unconditional_scale must be a number, not '0'"),
     ({"mask_features": "yes"}, "mask_features must be true or false"),
 ]
 

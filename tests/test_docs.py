@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [
     *ROOT.glob("*.md"),
     *(ROOT / "docs").glob("*.md"),
+    *(ROOT / "docs" / "families").glob("*.md"),
     ROOT / "data" / "README.md",
     ROOT / "localctl" / "micro" / "MODEL_CARD.md",
     ROOT / "research" / "README.md",

@@ -207,6 +207,11 @@ def _lost(adapter: LocalAdapter) -> tuple[str, ...]:
             f"It weighs its levels by {weights} (finest first), which the file cannot hold: set them where you use it "
             "(in ComfyUI: 'T2IAdapter Custom Weights')."
         )
+    if config["unconditional_scale"] != 1:
+        notes.append(
+            f"It is made for {config['unconditional_scale']:g} times its features beside the negative prompt: set that "
+            "where you use it, or control will be weaker."
+        )
     return tuple(notes)
 
 

@@ -31,7 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from localctl.bases import DTYPE_NAMES, SCHEDULERS, SIGMAS
+from localctl.bases import BASES, DTYPE_NAMES, SCHEDULERS, SIGMAS
 from localctl.cli.arguments import Arguments, boolean, shortened, size
 from localctl.cli.program import explained, one_sentence
 from localctl.cli.sample_addons import ADDON_OTHER_FLAGS, ADDON_REPLACED, add_addon_flags
@@ -149,7 +149,11 @@ def _add_adapter_flags(parser: argparse.ArgumentParser) -> None:
     add("--level_weights", metavar="W,W,...", help="factors of the weight for each level of features, finest first")
     add("--start", type=float, help="active from this fraction of the steps (default 0)")
     add("--end", type=float, help="active up to this fraction of the steps (default 1)")
-    add("--unconditional_scale", type=float, help="features beside the negative prompt (default 1); 0 = stronger")
+    add(
+        "--unconditional_scale",
+        type=float,
+        help="features beside the negative prompt (default: the adapter's own); 0 = stronger",
+    )
     group.add_argument("--control_guidance_scale", type=float, help="guidance of the adapters' own (default: none)")
 
 
@@ -235,7 +239,7 @@ def _add_base_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("base").add_argument
     add(
         "--base",
-        help="micro, sd15, sd21, sdxl, folder, file or hub id, also of transformers; default: the adapter's, or micro",
+        help=f"{', '.join(BASES)}, folder, file or hub id; default: the adapter's, or micro",
     )
     add("--vae", metavar="PLACE", help="another VAE: a diffusers folder or a hub id")
     add("--variant", help="variant of the base's files, such as fp16")

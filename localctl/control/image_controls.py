@@ -37,6 +37,7 @@ class LocalAdapterControl(Control):
         start, end: active in the outer steps from start up to, not including, end (fractions of all steps).
         unconditional_scale: factor of the features on the rows of the negative prompt; 1 = as on those of the prompt,
             0 = none. Classifier-free guidance multiplies what differs between the two, so 0 makes control stronger.
+            None: the adapter's own, where there is guidance.
         guidance_scale: a guidance scale of the control's own, c, beside the pipeline's, g. The model output is then
             negative + g (prompt - negative) + c (control - prompt), where only ``control`` has the features: with
             c = g as with ``unconditional_scale=0``, and for other c one run more of the denoiser, on the rows of the
@@ -53,7 +54,7 @@ class LocalAdapterControl(Control):
     weight: float | Sequence[float] = 1.0
     start: float = 0.0
     end: float = 1.0
-    unconditional_scale: float = 1.0
+    unconditional_scale: float | None = None
     guidance_scale: float | None = None
 
     def __post_init__(self) -> None:
@@ -79,13 +80,14 @@ class LocalAdapterControl(Control):
         return _BoundLocalAdapter(self, denoiser_of(pipe))
 
 
-def check_control_guidance(unconditional_scale: float, guidance_scale: float | None) -> None:
+def check_control_guidance(unconditional_scale: float | None, guidance_scale: float | None) -> None:
     """Raise a ValueError unless both are finite, and at most one of them is set."""
-    check_strength("unconditional_scale", unconditional_scale)
+    if unconditional_scale is not None:
+        check_strength("unconditional_scale", unconditional_scale)
     if guidance_scale is None:
         return
     check_strength("guidance_scale", guidance_scale)
-    if unconditional_scale not in (0, 1):
+    if unconditional_scale not in (None, 0, 1):
         raise ValueError(
             f"A guidance scale of its own, {guidance_scale:g}, leaves the negative prompt without features, so "
             f"unconditional_scale={unconditional_scale:g} has no meaning; give one of the two."
@@ -121,10 +123,10 @@ class _BoundLocalAdapter(BoundControl):
         self._index: tuple[tuple[object, ...], Tensor] | None = None  # rows and device; which features each row takes
 
     def down_residuals(self, context: CallContext) -> Sequence[Tensor | None] | None:
-        scale = self.control.unconditional_scale if self.guidance_scale is None else 0.0
-        if scale != 1 and self.guidance_scale is None and not context.has_negative:
+        asked = self.control.unconditional_scale
+        if asked not in (None, 1) and self.guidance_scale is None and not context.has_negative:
             raise ValueError(
-                f"unconditional_scale={scale:g} acts on the rows of the negative prompt, but without classifier-free "
+                f"unconditional_scale={asked:g} acts on the rows of the negative prompt, but without classifier-free "
                 "guidance there are none; set guidance_scale above 1, or leave unconditional_scale out."
             )
         if not context.within(self.control.start, self.control.end) or self.guidance_scale == 0:
@@ -140,12 +142,19 @@ class _BoundLocalAdapter(BoundControl):
             self._index = (rows, torch.tensor(chosen, device=context.device))
         index = self._index[1]
         found = [feature.index_select(0, index) for feature in self._features]  # always a copy
+        scale = self._unconditional_scale()
         if scale != 1:
             guided = context.guided_rows
             for feature in found:
                 feature[: guided.start] *= scale
                 feature[guided.stop :] *= scale
         return self.denoiser.placed(found)
+
+    def _unconditional_scale(self) -> float:
+        if self.guidance_scale is not None:
+            return 0.0
+        asked = self.control.unconditional_scale
+        return self.control.adapter.config["unconditional_scale"] if asked is None else asked
 
     def _needed(self, context: CallContext) -> tuple[int, ...]:
         """Return the layouts whose features this call needs."""

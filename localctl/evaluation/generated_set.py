@@ -220,6 +220,10 @@ def claim(folder: Path, settings: FidSettings, name: str, adapter: SavedAdapter 
     }
     if settings.controlnet is not None:
         content["weights_sha256"]["controlnet"] = sha256_of_folder(Path(settings.controlnet).expanduser())
+    if settings.unconditional_scale is None:  # as a number, so that the set stays known when a default changes
+        guided = settings.guidance_scale is None or settings.guidance_scale > 1
+        used = guided and settings.control_guidance_scale is None
+        content["unconditional_scale"] = adapter.unconditional_scale if adapter is not None and used else 1.0
     content["versions"] = versions()
     path = folder / "settings.json"
     if not write_json_once(path, content):
@@ -236,8 +240,8 @@ def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
     """Add the defaults of options that were introduced after the set was generated."""
     defaults = recorded(FidSettings())
     known = [name for name in ("condition", "mask") if isinstance(settings.get(name), dict)]
-    newer = ("unconditional_scale", "control_guidance_scale", "true_cfg_scale", "max_sequence_length")
-    settings = {name: defaults[name] for name in newer} | settings
+    newer = ("control_guidance_scale", "true_cfg_scale", "max_sequence_length")
+    settings = {"unconditional_scale": 1.0} | {name: defaults[name] for name in newer} | settings
     return settings | {name: defaults[name] | settings[name] for name in known}
 
 

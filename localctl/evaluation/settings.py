@@ -30,7 +30,8 @@ class FidSettings:
     controlnet: folder of a diffusers ControlNetModel to use instead of an adapter, with its residuals masked; it must
         have been trained on this kind of condition.
     weight: strength of the adapter or ControlNet.
-    unconditional_scale: factor of the adapter's features beside the empty prompt; 0 makes control stronger.
+    unconditional_scale: factor of the adapter's features beside the empty prompt; 0 makes control stronger; null: the
+        adapter's own.
     control_guidance_scale: a guidance scale of the adapter's own, beside guidance_scale; null: none.
     extractor: network whose features are compared: micro_clip, efficientnet_lite0, fid or clip.
     weights: path of the extractor's weights, where it has no default; for clip, a folder or hub id.
@@ -61,7 +62,7 @@ class FidSettings:
     adapter: str | None = None
     controlnet: str | None = None
     weight: Finite = 1.0
-    unconditional_scale: Finite = 1.0
+    unconditional_scale: Finite | None = None
     control_guidance_scale: Finite | None = None
     extractor: str = "micro_clip"
     weights: str | None = None
@@ -86,8 +87,8 @@ class FidSettings:
             raise ValueError(f"Unknown part {self.part!r}; choose one of {', '.join(parts)}.")
         if self.adapter is not None and self.controlnet is not None:
             raise ValueError("Give either an adapter or a controlnet, not both; generate a set with each.")
-        for name, default in (("unconditional_scale", 1.0), ("control_guidance_scale", None)):
-            if self.adapter is None and getattr(self, name) != default:
+        for name, without in (("unconditional_scale", (None, 1)), ("control_guidance_scale", (None,))):
+            if self.adapter is None and getattr(self, name) not in without:
                 raise ValueError(f"{name} is for an adapter, but there is none; give adapter, or leave it out.")
         known = BASES.get(self.base.name)
         if self.guidance_scale is None and known is not None and not known.pipelines:

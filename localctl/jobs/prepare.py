@@ -16,6 +16,7 @@ from localctl.bases import SchedulerName, check_vae, lasting_name
 from localctl.control.compatible import check_base
 from localctl.control.image_controls import check_control_guidance
 from localctl.denoisers.abilities import Abilities
+from localctl.denoisers.configs import Guidance
 from localctl.distributed import process_device
 from localctl.image_to_image import InitImage
 from localctl.jobs.addons import Addons, check_addons, controlnet_sources, find_addons, prepare_addons
@@ -99,6 +100,7 @@ def prepare(options: SampleSettings) -> Job:
         notes.append("Negative prompts of regions do nothing here; they act in Python, by the control NegativePrompts.")
     notes += [note for adapter in saved if (note := check_base(adapter, base.name, shape))]
     notes += _check_sampling(options, variants, known)
+    options.unconditional_scale = options.unconditional_scale or _own_scales(options, saved, known.guidance)
     followed: list[Any] = [*sources, *of_nets, *([init] if init else [])]
     asked, multiple = _requested_size(options, layouts), size_multiple(saved, known.multiple)
     needed_by = "base" if multiple == size_multiple((), known.multiple) else "adapter"
@@ -207,6 +209,20 @@ def _fill_sampling(options: SampleSettings, variants: Sequence[Variant], base: A
         options.negative_prompt = base.guidance.negative_prompt
 
 
+def _own_scales(options: SampleSettings, adapters: Sequence[SavedAdapter], guidance: Guidance) -> list[float]:
+    """Return the adapters' own factors of their features beside the negative prompt, for the record: 1 where they have
+    no effect, one value for all where they agree."""
+    guided = _open_scale(options, guidance) or guidance.is_on(options)
+    used = guided and options.control_guidance_scale is None
+    scales = [adapter.unconditional_scale if used else 1.0 for adapter in adapters]
+    return scales if len(set(scales)) > 1 else scales[:1] or [1.0]
+
+
+def _open_scale(options: SampleSettings, guidance: Guidance) -> bool:
+    """Return whether variants have guidance scales of their own, which are not written into the options."""
+    return guidance.by == "guidance_scale" and options.guidance_scale is None
+
+
 def _check_sampling(options: SampleSettings, variants: Sequence[Variant], base: Abilities) -> list[str]:
     """Raise a ValueError for a sampling setting that this run cannot use; return a note on one without effect."""
     shape, guidance = base.shape, base.guidance
@@ -218,12 +234,10 @@ def _check_sampling(options: SampleSettings, variants: Sequence[Variant], base: 
         raise ValueError(
             "--guidance_rescale works with --init_image and --upscale on SDXL only; leave it out on other bases."
         )
-    # Variants may have scales of their own, which are not written into the options.
-    open_scale = guidance.by == "guidance_scale" and options.guidance_scale is None
-    without = not open_scale and not guidance.is_on(options)
+    without = not _open_scale(options, guidance) and not guidance.is_on(options)
     if without:
         for name, wanted in (
-            ("unconditional_scale", set(options.unconditional_scale) != {1.0}),
+            ("unconditional_scale", bool({*(options.unconditional_scale or ())} - {1.0})),
             ("guidance_rescale", bool(options.guidance_rescale)),
         ):
             if wanted:
@@ -280,7 +294,7 @@ def _check_numbers(options: SampleSettings) -> None:
         raise ValueError("A seed is given twice in --seeds; give each one once.")
     if not all(map(math.isfinite, [options.guidance_scale or 0.0, *options.weight])):
         raise ValueError("--guidance_scale and --weight must be finite numbers.")
-    for scale in options.unconditional_scale:
+    for scale in options.unconditional_scale or (None,):
         check_control_guidance(scale, options.control_guidance_scale)
     for name in ("controlnet_scale", "ip_adapter_scale", "lora_scale"):
         if not all(map(math.isfinite, getattr(options, name))):
@@ -294,8 +308,8 @@ def _check_counts(options: SampleSettings) -> None:
     """Raise a ValueError for flags of adapters without an adapter, for an adapter without an image, or for another
     number of values than adapters."""
     if not options.adapter:
-        for name, default in (("control_guidance_scale", None), ("unconditional_scale", [1.0])):
-            if getattr(options, name) != default:
+        for name, without in (("control_guidance_scale", (None,)), ("unconditional_scale", (None, [1.0]))):
+            if getattr(options, name) not in without:
                 raise ValueError(f"--{name} is for an adapter, but there is none; give --adapter.")
         for name in _WITHOUT_DEFAULT:
             if getattr(options, name):

@@ -82,7 +82,7 @@ class SampleSettings:
     start: _Numbers = field(default_factory=lambda: [0.0])
     end: _Numbers = field(default_factory=lambda: [1.0])
     level_weights: _Texts = None
-    unconditional_scale: _Numbers = field(default_factory=lambda: [1.0])
+    unconditional_scale: Annotated[list[_Number] | None, BeforeValidator(_several)] = None
     control_guidance_scale: _Number | None = None
     controlnet: _Texts = None
     controlnet_image: _Texts = None

@@ -6,7 +6,9 @@ import ipaddress
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+from pydantic import Field
 
 from localctl.bases import BaseConfig, DtypeName
 from localctl.files import first_line
@@ -51,6 +53,7 @@ class StudioConfig:
     revision: str | None = None
     local_files_only: bool | None = None
     dtype: DtypeName = "float32"
+    max_sequence_length: Annotated[int, Field(ge=0)] | None = None
     device: str = "auto"
     adapter: list[str] = field(default_factory=list)
     controlnet: list[str] = field(default_factory=list)
@@ -111,7 +114,7 @@ class StudioConfig:
     @property
     def run_settings(self) -> dict[str, Any]:
         """The settings of a run of ``sample.py`` that the server, not the page, decides."""
-        names = ("base", "vae", "variant", "revision", "local_files_only", "dtype", "device")
+        names = ("base", "vae", "variant", "revision", "local_files_only", "dtype", "max_sequence_length", "device")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -166,8 +169,9 @@ class StudioConfig:
 
         here = bool(self.local_files_only)
         resolve_base(self.base, one_file=True)
-        if any((self.controlnet, self.ip_adapter, self.lora, self.textual_inversion)) and (known := self.abilities()):
+        if (known := self.abilities()) is not None:
             check_addons_act(known, self)
+            known.check_settings(self)
         for place in self.adapter:
             find_adapter(place, here)
         for place in self.controlnet:

@@ -189,14 +189,8 @@ def _sampling_fields(tab: FollowTab, studio: Studio) -> None:
             tab.fields["width"] = _number("Width", "as the photo")
             tab.fields["height"] = _number("Height", "as the photo")
         with gr.Row():
-            tab.fields["unconditional_scale"] = gr.Slider(
-                0,
-                1,
-                value=1,
-                step=0.05,
-                label="Control beside the negative (0: stronger)",
-                buttons=[],
-                visible=shown("unconditional_scale"),
+            tab.fields["unconditional_scale"] = _number(
+                "Control beside the negative", "auto: the adapter's own", shown("unconditional_scale")
             )
             tab.fields["control_guidance_scale"] = _number(
                 "Guidance scale of the control", "none of its own", shown("control_guidance_scale")

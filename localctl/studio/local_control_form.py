@@ -37,7 +37,7 @@ class FollowForm:
     guidance_scale: float | None
     true_cfg_scale: float | None
     seeds: list[int]
-    unconditional_scale: float
+    unconditional_scale: float | None
     control_guidance_scale: float | None
     addons: Addons
 
@@ -54,7 +54,7 @@ class FollowForm:
             "guidance_scale": self.guidance_scale,
             "true_cfg_scale": self.true_cfg_scale,
             "seeds": self.seeds,
-            "unconditional_scale": [self.unconditional_scale],
+            "unconditional_scale": None if self.unconditional_scale is None else [self.unconditional_scale],
             "control_guidance_scale": self.control_guidance_scale,
         }
 
@@ -130,7 +130,7 @@ def read_form(values: Mapping[str, Any], config: StudioConfig) -> FollowForm:
         guidance_scale=limits.optional_number("The guidance scale", get("guidance_scale"), 0, 30),
         true_cfg_scale=limits.optional_number("The true CFG scale", get("true_cfg_scale"), 0, 30),
         seeds=[seed + index for index in range(count)],
-        unconditional_scale=limits.number(beside, get("unconditional_scale", 1), 0, 1),
+        unconditional_scale=limits.optional_number(beside, get("unconditional_scale"), 0, 1),
         control_guidance_scale=limits.optional_number(
             "The guidance scale of the control", get("control_guidance_scale"), 0, 30
         ),

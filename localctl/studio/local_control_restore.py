@@ -61,7 +61,7 @@ def follow_values(options: Mapping[str, Any], config: StudioConfig) -> dict[str,
         "guidance_scale": _text(options.get("guidance_scale")),
         "true_cfg_scale": _text(options.get("true_cfg_scale")),
         "control_guidance_scale": _text(options.get("control_guidance_scale")),
-        "unconditional_scale": _for_all(options.get("unconditional_scale") or [1.0]),
+        "unconditional_scale": f"{_for_all(options.get('unconditional_scale') or [1.0]):g}",
         **seed_values(options)[0],
         **addon_values(options, config, "mask"),
     }

@@ -23,6 +23,7 @@ from localctl.settings import ConditionSpace
 from localctl.training.large_bases import check_package
 from localctl.training.settings import TrainSettings
 
+OF_SETTINGS = ("mask_resize", "mask_condition", "mask_features", "dim_condition", "unconditional_scale")
 TOKEN_LEVELS = 8  # blocks of a transformer that get a residual
 
 
@@ -61,7 +62,7 @@ def plan_adapter(settings: TrainSettings, shape: BaseShape | None = None) -> Ada
     fallback = saved.config if saved else _defaults(wanted["adapter_type"], shape)
     options: dict[str, Any] = {name: fallback[name] if wanted[name] is None else wanted[name] for name in CHOSEN}
     options["channels"] = list(options["channels"])
-    options |= {name: wanted[name] for name in ("mask_resize", "mask_condition", "mask_features", "dim_condition")}
+    options |= {name: wanted[name] for name in OF_SETTINGS if wanted[name] is not None}
     if options["adapter_type"] == TOKENS:
         own = saved.config.get("token_width", TOKEN_WIDTH) if saved else TOKEN_WIDTH
         options["token_width"] = wanted["token_width"] or own

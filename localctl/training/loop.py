@@ -30,7 +30,7 @@ from localctl.training.events import Events, Scorer
 from localctl.training.export import ADAPTER, check_hub, write_settings
 from localctl.training.folder import RunFolder
 from localctl.training.resume import check_unchanged, describe
-from localctl.training.schedule import bound_steps
+from localctl.training.schedule import before_local_term, bound_steps
 from localctl.training.settings import TrainSettings
 from localctl.training.state import TrainState, new_accelerator, new_state
 from localctl.training.step import StepNoise, StepOutput, sample_noise, training_step
@@ -137,6 +137,7 @@ class Run:
         interrupt: Interrupt,
     ) -> None:
         self.state, self.settings = state, state.settings
+        self.first_local, self.without_local = before_local_term(state.settings)
         self.train_source, self.folder, self.output_dir = train, folder, folder.path
         self.main = state.accelerator.is_main_process
         data = self.settings.data
@@ -270,7 +271,8 @@ class Run:
 
     def _compute(self, batch: Batch, sampled: StepNoise) -> StepOutput:
         with self.state.accelerator.autocast():
-            return training_step(batch, self.state.models, self.settings, sampled)
+            settings = self.settings if self.state.step >= self.first_local else self.without_local
+            return training_step(batch, self.state.models, settings, sampled)
 
     def _closing_message(self, stopped: bool) -> str:
         why = " (the process that launched this one has ended)" if self.interrupt.orphaned else ""

@@ -38,6 +38,7 @@ FREE = {
     "base.local_files_only": "how the same weights are fetched",
     "base.vae": "as base.name",
     "adapter_model_name_or_path": "the weights before the first step",
+    "adapter.unconditional_scale": "how images are generated; training does not use it",
     "max_train_steps": "to train longer; learning rates that fall to the end follow the new length from there on",
     "num_train_epochs": "as max_train_steps",
     "early_stopping": "when to stop",

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 from localctl.messages import warning
+from localctl.settings import LossConfig
 from localctl.training.settings import LR_END, TrainSettings
 
 
@@ -34,6 +35,16 @@ def learning_rate_at(settings: TrainSettings, step: int) -> float:
         return 0.0 if progress >= 1 else peak * max(0.0, 0.5 * (1 + math.cos(math.pi * turn)))
     assert name == "polynomial"
     return LR_END + (peak - LR_END) * max(0.0, 1 - progress) ** settings.lr_power
+
+
+def before_local_term(settings: TrainSettings) -> tuple[int, TrainSettings]:
+    """Return the first step with the local term, by ``loss.start``, and the settings of the steps before."""
+    loss = settings.loss
+    if not loss.start:
+        return 0, settings
+    own = LossConfig()  # of fields that a loss without a local term may not have
+    without = replace(loss, filter="none", start=0.0, margin=own.margin, tolerances=own.tolerances)
+    return math.ceil(loss.start * settings.steps), replace(settings, loss=without)
 
 
 def bound_steps(settings: TrainSettings, samples: int, processes: int = 1) -> TrainSettings:

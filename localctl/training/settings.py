@@ -75,11 +75,14 @@ class AdapterConfig:
     downscale_factor: pixels per cell of the finest level; null = 8 (SDXL: 16), or the side of a token.
     token_width: channels of a token_adapter between its patches and its residuals; null = 384.
     condition_space: how a token_adapter gets the condition, as pixels or as latents of the base's VAE; null = pixels.
-    mask_resize: how the mask is resized to each feature map's grid: area, nearest, inside or cover.
+    mask_resize: how the mask is resized to each feature map's grid: area, nearest, inside or cover; null = the base's
+        own.
     mask_condition: also blank the condition outside the mask.
     mask_features: multiply every feature map by the mask; false = a plain T2I-Adapter.
     dim_condition: with mask_condition, a soft mask dims the condition, as published, instead of blanking it outside.
     level_weights: a factor of each level's features, finest first; null = all 1.
+    unconditional_scale: factor of the features beside the negative prompt when images are generated, saved with the
+        adapter; null = the base's own.
     """
 
     adapter_type: AdapterType | None = None
@@ -88,11 +91,12 @@ class AdapterConfig:
     downscale_factor: Positive | None = None
     token_width: Positive | None = None
     condition_space: ConditionSpace | None = None
-    mask_resize: MaskResize = "area"
+    mask_resize: MaskResize | None = None
     mask_condition: bool = False
     mask_features: bool = True
     dim_condition: bool = False
     level_weights: tuple[Rate, ...] | None = None
+    unconditional_scale: Finite | None = None
 
     def __post_init__(self) -> None:
         if self.dim_condition and not self.mask_condition:
@@ -275,6 +279,9 @@ class TrainSettings:
         """Take what null stands for from a base. Stored as numbers, so that a later default changes nothing."""
         if self.timestep_sampling is None:
             self.timestep_sampling = own.timestep_sampling
+        taken = {name: getattr(own, name) for name in ("mask_resize", "unconditional_scale")}
+        left = {name: value for name, value in taken.items() if getattr(self.adapter, name) is None}
+        self.adapter = replace(self.adapter, **left)
         self.validation, self.early_stopping = (
             replace(
                 part,

@@ -34,6 +34,7 @@ def announcement(state: TrainState, source: Source, output_dir: Path, *, scored:
         loss = f"{terms.denoising_weight:g} x {loss}"
     if terms.filter != "none":
         loss += f" + {terms.weight:g} x {terms.filter} in the mask ({terms.schedule})"
+        loss += f" from {terms.start:.0%} of the steps on" if terms.start else ""
     batch = effective_batch(settings) * accelerator.num_processes
     on_cpu = accelerator.device.type == "cpu"
     threads = f", {torch.get_num_threads()} threads" if on_cpu else ""

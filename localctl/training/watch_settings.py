@@ -21,7 +21,8 @@ class ValidationConfig:
     batch_size: images per batch; does not change them.
     num_inference_steps: sampling steps of each.
     guidance_scale: of classifier-free guidance; null = the base's own.
-    unconditional_scale: factor of the adapter's features beside the empty prompt; 0 makes control stronger.
+    unconditional_scale: factor of the adapter's features beside the empty prompt; 0 makes control stronger; null =
+        adapter.unconditional_scale.
     control_guidance_scale: a guidance scale of the adapter's own, beside guidance_scale; null = none.
     scheduler: ddim, ddpm, pndm, lms, euler, euler_ancestral, heun, dpmpp_2m, unipc, kdpm2, kdpm2_ancestral,
         dpmpp_2m_sde, dpmpp_3m, dpmpp_3m_sde, dpmpp_2s, dpmpp_sde, deis, sa_solver, lcm or tcd; null = ddim, or euler
@@ -36,7 +37,7 @@ class ValidationConfig:
     batch_size: Positive = 8
     num_inference_steps: Positive = 20
     guidance_scale: float | None = None
-    unconditional_scale: Finite = 1.0
+    unconditional_scale: Finite | None = None
     control_guidance_scale: Finite | None = None
     scheduler: SchedulerName | None = None
     seed: int = 0

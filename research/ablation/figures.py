@@ -128,6 +128,12 @@ class Figures:
             )
         return interval(self.resampler.means(first - second), first.shape[1])
 
+    def ratio(self, row: str, other: str, column: str) -> Interval | None:
+        """Return the mean of ``row`` over that of ``other``, of the same scenes."""
+        means, below = self._means(row, column), self._means(other, column)
+        known = np.where(below > 0, below, np.nan)
+        return interval(means / known, self._tables[row].shape[1])
+
     def common_seeds(self, row: str, other: str) -> list[int]:
         """Return the seeds that both rows were trained with."""
         return sorted(set.intersection(*({r["seed"] for r in self.rows.get(name, ())} for name in (row, other))))

@@ -63,7 +63,7 @@ class Row:
 ROWS = {
     row.name: row
     for row in (
-        Row("plain", "plain T2I-Adapter, whole condition"),
+        Row("plain", "plain T2I-Adapter, whole condition", headline=True),
         Row("input_masked", "masked at the input"),
         Row(WITHOUT, "features masked", headline=True),
         Row("mse", "+ latent MSE in the mask"),
@@ -78,6 +78,7 @@ ROWS = {
         Row("cover", "features masked, mask_resize cover", headline=True, against=WITHOUT),
         Row("cover_edges", "mask_resize cover + edges", headline=True, against="cover"),
         Row("cover_edges_strong", "mask_resize cover + edges, weight 0.5", headline=True, against="cover"),
+        Row("cover_edges_late", "mask_resize cover + edges in the second half", True, "cover"),
         Row("cover_prompt", "cover, on the prompt's rows", True, "cover", "cover", PROMPT_ROWS),
         Row(
             "cover_edges_prompt",
@@ -87,7 +88,15 @@ ROWS = {
             "cover_edges",
             PROMPT_ROWS,
         ),
-        Row("plain_prompt", "plain T2I-Adapter, on the prompt's rows", trained="plain", sampling=PROMPT_ROWS),
+        Row(
+            "cover_edges_late_prompt",
+            "cover + edges in the second half, on the prompt's rows",
+            True,
+            "cover_prompt",
+            "cover_edges_late",
+            PROMPT_ROWS,
+        ),
+        Row("plain_prompt", "plain T2I-Adapter, on the prompt's rows", True, "cover_prompt", "plain", PROMPT_ROWS),
     )
 }
 

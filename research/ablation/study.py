@@ -118,6 +118,8 @@ class Ablation(Study[Cell]):
         trained = content.get("training", {}).get("settings")
         if trained and not setting_changes(trained, recorded(self.training(variant))):
             asked["config_sha256"] = config_hash(self.training(variant))
+            if asked.get("steps") == trained["max_train_steps"] == self.training(variant).max_train_steps:
+                asked["overrides"] = list(variant.overrides)  # the same settings, written otherwise
         return asked
 
     def measured(self, variant: Cell) -> dict[str, Any]:
@@ -178,6 +180,7 @@ class Ablation(Study[Cell]):
             "num_inference_steps": protocol.num_inference_steps,
             "guidance_scale": protocol.guidance_scale,
             "scheduler": protocol.scheduler,
+            "unconditional_scale": 1.0,  # not the adapter's own
         }
         return FidSettings(**(options | changes))
 

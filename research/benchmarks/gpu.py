@@ -1,6 +1,7 @@
-"""Measure training and sampling on one GPU, on the real shapes of SD1.5 and SDXL with random weights.
+"""Measure training and sampling on one GPU, on the real shapes of SD1.5, SDXL and FLUX.1 with random weights.
 
   python -m research.benchmarks.gpu --output_dir OUT  # about 5 minutes on an H100; no download, no files
+  python -m research.benchmarks.gpu --minutes 8 --parts limits flux --output_dir OUT  # FLUX.1; 40 GB of memory and more
   python -m research.benchmarks.gpu --tiny --output_dir OUT  # every part at tiny size, also on a CPU
   python -m research.benchmarks.gpu --report research/results/gpu/*.jsonl --page docs/scaling.md  # the tables
 
@@ -27,11 +28,14 @@ from pathlib import Path
 import torch
 
 from localctl.files import first_line
-from research.benchmarks.gpu_parts import PARTS, Bench, Row
+from research.benchmarks import gpu_families, gpu_parts
+from research.benchmarks.gpu_parts import Bench, Row
 from research.benchmarks.gpu_report import read, report, write_page
 from research.benchmarks.timing import GIB, Deadline
 
 FILE = "gpu.jsonl"
+PARTS = {**gpu_parts.PARTS, **gpu_families.PARTS}
+GROUPS = {"flux": list(gpu_families.PARTS)}  # names for several parts
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -40,13 +44,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--output_dir", type=Path, default=Path("outputs/gpu"), help="folder for gpu.jsonl")
     add("--minutes", type=float, default=5.0, help="time limit of the whole run")
-    add("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="what to measure")
+    add("--parts", nargs="+", choices=[*PARTS, *GROUPS], default=list(gpu_parts.PARTS), help="what to measure")
     add("--tiny", action="store_true", help="small shapes, to try everything on any machine")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--note", default="", help="what is special about this run; the tables show it")
     add("--report", type=Path, nargs="+", metavar="FILE", help="print the tables of earlier runs instead of measuring")
     add("--page", type=Path, help="write the tables of --report into this page, between its markers")
     options = parser.parse_args(argv)
+    options.parts = [part for name in options.parts for part in GROUPS.get(name, [name])]
     if options.device == "cpu" and not (options.tiny or options.report):
         parser.error("There is no GPU here; add --tiny to try the benchmark at small size.")
     return options

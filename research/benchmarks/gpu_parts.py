@@ -38,7 +38,7 @@ from research.benchmarks.steps import (
     Work,
     random_batches,
 )
-from research.benchmarks.timing import GIB, MIB, Deadline, Spread, in_turns, ratios, seconds
+from research.benchmarks.timing import GIB, MIB, Deadline, Spread, in_turns, seconds, step_figures
 
 Row = dict[str, Any]
 WARM_UP = 3  # steps of a variant before it is measured
@@ -198,26 +198,12 @@ class Comparison:
         runs = {name: partial(one, steps) for name, one in made.items()}
         for name, run in runs.items():
             rows[name]["gib"] += bench.peak_of(run)
-        times = in_turns(runs, bench.scaled(self.rounds, 1), bench.device, bench.deadline)
+        times, plain = in_turns(runs, bench.scaled(self.rounds, 1), bench.device, bench.deadline), self.variants[0].name
         for variant in self.variants:
-            yield rows[variant.name] | self._figures(variant, times, steps, batch, work, bench.peak)
+            flops = work.of(variant)
+            yield rows[variant.name] | step_figures(variant.name, plain, times, steps, batch, flops, bench.peak)
         for one in made.values():
             one.release()
-
-    def _figures(
-        self, variant: Variant, times: Mapping[str, Sequence[float]], steps: int, batch: int, work: Work, peak: float
-    ) -> Row:
-        per_step = Spread.of([took / steps for took in times[variant.name]])
-        flops = work.of(variant)
-        rate = batch / per_step.median
-        faster = ratios(times, variant.name, self.variants[0].name)
-        return {
-            "ms": 1e3 * per_step.median, "ms_low": 1e3 * per_step.low, "ms_high": 1e3 * per_step.high,
-            "images_per_second": rate, "tflop_per_image": flops / 1e12, "tflops": rate * flops / 1e12,
-            "share_of_peak": rate * flops / 1e12 / peak, "peak": peak,
-            "faster_than": self.variants[0].name, "times": faster.median, "times_low": faster.low,
-            "times_high": faster.high, "rounds": len(times[variant.name]), "steps": steps,
-        }  # fmt: skip
 
 
 @dataclass
@@ -232,15 +218,20 @@ class Controls:
     names: Sequence[str] = CONTROLS
     compiled: bool = False
 
+    def made(self, bench: Bench) -> tuple[Any, Mapping[str, Config], Mapping[str, Any] | None]:
+        """Return the pipeline, the configs of its parts, and the arguments of its guidance, if it has its own."""
+        return bench.pipeline(self.base, whole=True), shape_of(self.base, whole=True, tiny=bench.tiny), None
+
     def rows(self, bench: Bench) -> Iterator[Row]:
         """Measure all controls in turns, and yield a row for each; peaks of memory include the models."""
         bench.free()
-        pipe, side, batch = bench.pipeline(self.base, whole=True), bench.pixels(self.side), bench.scaled(self.batch, 1)
+        side, batch = bench.pixels(self.side), bench.scaled(self.batch, 1)
+        pipe, parts, call = self.made(bench)
         if self.compiled:
             pipe.unet.compile_repeated_blocks(fullgraph=True)
-        controls = make_controls(self.names, pipe, self.base, side, shape_of(self.base, whole=True, tiny=bench.tiny))
+        controls = make_controls(self.names, pipe, self.base, side, parts)
         held = bench.allocated()
-        runs = Runs(pipe, self.base, side, batch=batch, steps=bench.scaled(self.steps, 2))
+        runs = Runs(pipe, self.base, side, batch=batch, steps=bench.scaled(self.steps, 2), call=call)
         for row in runs.overheads(controls, bench.scaled(self.rounds, 1), bench.deadline):
             gib = held + row.pop("peak_mib") * MIB / GIB
             if self.compiled:

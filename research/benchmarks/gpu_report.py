@@ -137,10 +137,11 @@ def _hours(row: Row | None) -> float | None:
     return None if row is None else IMAGES * EPOCHS / row["images_per_second"] / 3600
 
 
-def write_page(page: Path, text: str) -> None:
+def write_page(page: Path, text: str, marks: tuple[str, str] = (BEGIN, END)) -> None:
     """Replace what ``page`` has between its two markers by ``text``. ValueError if they are missing."""
-    before, begun, rest = page.read_text().partition(BEGIN)
-    _, ended, after = rest.partition(END)
+    begin, end = marks
+    before, begun, rest = page.read_text().partition(begin)
+    _, ended, after = rest.partition(end)
     if not begun or not ended:
-        raise ValueError(f"{page} has no place for the tables; add the lines {BEGIN} and {END}.")
-    write_text(page, f"{before}{BEGIN}\n{text}\n{END}{after}")
+        raise ValueError(f"{page} has no place for the tables; add the lines {begin} and {end}.")
+    write_text(page, f"{before}{begin}\n{text}\n{end}{after}")

@@ -4,6 +4,7 @@
   python -m research.benchmarks.sample --size 512 --batch 1 --controls dense
   python -m research.benchmarks.sample --regions 16 --controls negative spacetime
   python -m research.benchmarks.sample --base sd15 --steps 2 --batch 1 --controls bias  # 512 px, random weights
+  python -m research.benchmarks.sample --base flux --batch 1 --size 256  # a tiny FLUX, random weights
 
 Whole runs with guidance are timed, without decoding. Every control is active in all steps, but for layout guidance: it
 makes all of its moves in the first fifth of the steps. On a CPU, time is process time over all cores, which other
@@ -33,11 +34,15 @@ from localctl.control.negative_prompts import NegativePrompts
 from localctl.control.presets import preset
 from localctl.control.region_bias import RegionBias
 from localctl.control.spacetime import SpaceTimeAttention
+from localctl.denoisers import denoiser_of
+from localctl.denoisers.transformer import Transformer
 from localctl.layout import Layout, Region
 from localctl.pipelines import load_pipeline, resolve_base
 from localctl.sampling import generate
 from localctl.training.adapter_plan import plan_adapter
 from localctl.training.settings import TrainSettings
+from research.benchmarks.family_pipelines import family_pipeline, small_sd3
+from research.benchmarks.family_shapes import CLASSES, SHAPES, token_adapter
 from research.benchmarks.shapes import random_pipeline, shape_of
 from research.benchmarks.timing import Deadline, Spread, in_turns, peak_of, ratios
 
@@ -51,6 +56,8 @@ MAKE: Mapping[str, Callable[[str], Control]] = {  # by the name of a base; the a
     "guidance": lambda base: LayoutGuidance(**{**preset("guidance", base), "threshold": 0.0, "start": 0.0, "end": 0.2}),
 }
 CONTROLS = ("adapter", *MAKE)
+SMALL_SD3 = "small_sd3"  # 5.4 million parameters, in the place of the embedded base's U-Net
+BASES = ("micro", "sd15", "sd21", "sdxl", *CLASSES, SMALL_SD3)
 _COLORS, _SHAPES = ("red", "blue", "green", "yellow"), ("circle", "square", "triangle", "star")
 
 
@@ -73,10 +80,14 @@ def scene(regions: int) -> Layout:
 
 def adapter_control(pipe: Any, base: str, side: int, parts: Mapping[str, Config]) -> Control:
     """Return a control by a new adapter that fits ``base``: lines for a condition, inside a mask in the middle."""
-    plan = plan_adapter(TrainSettings(base=BaseConfig(name=base)), BaseShape(parts))
-    adapter = LocalAdapter(**plan.options).eval().requires_grad_(False)
-    nn.Module.to(adapter, pipe.unet.device, pipe.unet.dtype)  # ModelMixin.to would warn
-    condition, mask = torch.zeros(plan.options["in_channels"], side, side), torch.zeros(1, side, side)
+    denoiser = denoiser_of(pipe)
+    if isinstance(denoiser, Transformer):
+        adapter = token_adapter(pipe)
+    else:
+        adapter = LocalAdapter(**plan_adapter(TrainSettings(base=BaseConfig(name=base)), BaseShape(parts)).options)
+    adapter.eval().requires_grad_(False)
+    nn.Module.to(adapter, denoiser.module.device, denoiser.module.dtype)  # ModelMixin.to would warn
+    condition, mask = torch.zeros(adapter.channels_of_condition, side, side), torch.zeros(1, side, side)
     condition[:, ::8], mask[:, side // 4 : -side // 4] = 1, 1
     return LocalAdapterControl(adapter, condition, mask)
 
@@ -92,9 +103,22 @@ def make_controls(
 
 
 class Runs:
-    """Runs of a pipeline, with any controls, on one layout and size; ``steps`` and ``batch`` are those of each run."""
+    """Runs of a pipeline, with any controls, on one layout and size; ``steps`` and ``batch`` are those of each run.
 
-    def __init__(self, pipe: Any, base: str, side: int, *, batch: int, steps: int, regions: int = 2) -> None:
+    call: arguments of the pipeline for its guidance; None: the scale of ``base``.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        base: str,
+        side: int,
+        *,
+        batch: int,
+        steps: int,
+        regions: int = 2,
+        call: Mapping[str, Any] | None = None,
+    ) -> None:
         self.pipe, self.steps = pipe, steps
         self._layouts, self._seeds = [scene(regions)] * batch, list(range(batch))
         self._arguments: dict[str, Any] = {
@@ -103,7 +127,8 @@ class Runs:
             "num_inference_steps": steps,
             "batch_size": batch,
         }
-        self._arguments |= {"guidance_scale": resolve_base(base).guidance_scale, "output_type": "latent"}
+        guidance = {"guidance_scale": resolve_base(base).guidance_scale} if call is None else call
+        self._arguments |= {**guidance, "output_type": "latent"}
 
     def __call__(self, controls: Sequence[Control]) -> None:
         """Make one run."""
@@ -113,7 +138,7 @@ class Runs:
         self, controls: Mapping[str, Sequence[Control]], rounds: int, deadline: Deadline | None = None
     ) -> Iterator[Row]:
         """Measure each of ``controls`` in turns with the first one, the plain run; yield a row for each."""
-        device = self.pipe.unet.device
+        device = denoiser_of(self.pipe).module.device
         runs = {name: partial(self, used) for name, used in controls.items()}
         peaks = {name: peak_of(run, device) for name, run in runs.items()}  # also the warm-up
         times = in_turns(runs, rounds, device, deadline)
@@ -127,11 +152,31 @@ class Runs:
             }  # fmt: skip
 
 
+def load(base: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Mapping[str, Config]]:
+    """Return a pipeline, and the configs of its parts for a U-Net; a transformer's adapter needs none."""
+    if base == "micro":
+        pipe: Any = load_pipeline("micro", dtype, device)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe, read_shape(BaseConfig()).parts
+    if base == SMALL_SD3:
+        return small_sd3(device, dtype), {}
+    if base in CLASSES:
+        return family_pipeline(base, device=device, dtype=dtype), {}
+    return random_pipeline(base, device, dtype), shape_of(base)
+
+
+def call_of(base: str) -> Mapping[str, Any] | None:
+    """Return the arguments for the guidance of a family of transformers; None for other bases."""
+    if base == SMALL_SD3:
+        return {"guidance_scale": 4.5, "max_sequence_length": 0}  # it has no third text encoder
+    return next((shape.call for shape in SHAPES.values() if shape.family == base), None)
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--base", choices=("micro", "sd15", "sd21", "sdxl"), default="micro")
+    add("--base", choices=BASES, default="micro", help="families of transformers are tiny")
     add("--controls", nargs="+", choices=CONTROLS, default=list(CONTROLS))
     add("--regions", type=int, default=2, help="1 to 16")
     add("--steps", type=int, default=10)
@@ -146,15 +191,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print one line per control; return 0."""
     options = parse(argv)
-    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    if options.base == "micro":
-        pipe: Any = load_pipeline("micro", dtype, device)
-        pipe.set_progress_bar_config(disable=True)
-        parts = read_shape(BaseConfig()).parts
-    else:
-        pipe, parts = random_pipeline(options.base, device, dtype), shape_of(options.base)
-    side = options.size or pipe.unet.config.sample_size * 8
-    runs = Runs(pipe, options.base, side, batch=options.batch, steps=options.steps, regions=options.regions)
+    pipe, parts = load(options.base, torch.device(options.device), getattr(torch, options.dtype))
+    side = options.size or denoiser_of(pipe).own_size[0]
+    runs = Runs(
+        pipe,
+        options.base,
+        side,
+        batch=options.batch,
+        steps=options.steps,
+        regions=options.regions,
+        call=call_of(options.base),
+    )
     print(
         f"{options.base}, {side} px, {options.regions} regions, {options.steps} steps, batch {options.batch}, "
         f"{options.device} {options.dtype}, {options.rounds} rounds"

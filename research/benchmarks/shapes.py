@@ -14,7 +14,7 @@ from localctl.architectures import TABLE, Config
 from localctl.bases import MICRO_WEIGHTS
 from localctl.pipelines import choose_pil_processors, freeze, full_precision_vae
 
-_SCHEDULE: dict[str, Any] = {
+SCHEDULE: dict[str, Any] = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
@@ -74,17 +74,17 @@ def random_pipeline(
         components: dict[str, Any] = {
             "unet": random_unet(parts["unet"], device, dtype),
             "vae": diffusers.AutoencoderKL(**parts["vae"]),
-            "text_encoder": CLIPTextModel(_text_config(parts["text_encoder"], tokenizer)),
+            "text_encoder": CLIPTextModel(text_config(parts["text_encoder"], tokenizer)),
         }
         if wide:
-            second = CLIPTextModelWithProjection(_text_config(parts["text_encoder_2"], tokenizer))
+            second = CLIPTextModelWithProjection(text_config(parts["text_encoder_2"], tokenizer))
             components |= {"text_encoder_2": second}
     for module in components.values():
         nn.Module.to(module, dtype)  # diffusers' own .to() warns of modules to keep in float32, even without any
         freeze(module)
     if wide:
         components |= {"tokenizer_2": tokenizer}
-    components |= {"tokenizer": tokenizer, "scheduler": diffusers.DDIMScheduler(**_SCHEDULE)}
+    components |= {"tokenizer": tokenizer, "scheduler": diffusers.DDIMScheduler(**SCHEDULE)}
     if wide:
         pipe: Any = diffusers.StableDiffusionXLPipeline(**components, add_watermarker=False)
     else:
@@ -114,7 +114,7 @@ def random_unet(config: Any, device: torch.device, dtype: torch.dtype = torch.fl
     return unet
 
 
-def _text_config(values: Config, tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+def text_config(values: Config, tokenizer: CLIPTokenizer) -> CLIPTextConfig:
     return CLIPTextConfig(
         **{**values, "vocab_size": len(tokenizer)},
         bos_token_id=tokenizer.bos_token_id,

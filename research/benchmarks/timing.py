@@ -69,6 +69,25 @@ def ratios(times: Mapping[str, Sequence[float]], name: str, to: str) -> Spread:
     return Spread.of([other / own for other, own in zip(times[to], times[name], strict=True)])
 
 
+def step_figures(
+    name: str, plain: str, times: Mapping[str, Sequence[float]], steps: int, batch: int, flops: float, peak: float
+) -> dict[str, Any]:
+    """Return the figures of one of several variants, by the seconds of its blocks of ``steps`` steps.
+
+    plain: the variant that it is compared with. flops: of one image. peak: of the device, in TFLOP/s.
+    """
+    per_step = Spread.of([took / steps for took in times[name]])
+    rate = batch / per_step.median
+    faster = ratios(times, name, plain)
+    return {
+        "ms": 1e3 * per_step.median, "ms_low": 1e3 * per_step.low, "ms_high": 1e3 * per_step.high,
+        "images_per_second": rate, "tflop_per_image": flops / 1e12, "tflops": rate * flops / 1e12,
+        "share_of_peak": rate * flops / 1e12 / peak, "peak": peak,
+        "faster_than": plain, "times": faster.median, "times_low": faster.low, "times_high": faster.high,
+        "rounds": len(times[name]), "steps": steps,
+    }  # fmt: skip
+
+
 def peak_of(run: Callable[[], Any], device: torch.device) -> float:
     """Return the peak memory of ``run`` in MiB, above that in use before: allocated memory on a GPU; on a CPU the bytes
     of all live tensors that it makes, without the internal buffers of libraries."""

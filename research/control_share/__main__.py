@@ -33,7 +33,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--count", type=int, default=200, help="held-out scenes")
     add("--num_inference_steps", type=int, default=30, help="sampling steps of each image")
     add("--guidance_scale", type=float, help="default: that of the base")
-    add("--unconditional_scale", type=float, default=1.0, help="features beside the empty prompt; 0 = stronger control")
+    add("--unconditional_scale", type=float, help="features beside the empty prompt; default: the adapters' own")
     add("--control_guidance_scale", type=float, help="a guidance scale of the adapters' own; default: none")
     known = ", ".join(SCHEDULERS)
     add("--scheduler", metavar="NAME", help=f"one of {known}; default: ddim, of a flow-matching base euler")

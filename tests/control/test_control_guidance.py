@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import control_helpers
@@ -64,6 +65,25 @@ def test_at_scale_one_nothing_changes_and_at_zero_the_negative_rows_have_no_feat
     plain = drawn(sd_pipe, adapter_control(adapter))
     assert torch.equal(drawn(sd_pipe, adapter_control(adapter, unconditional_scale=1)), plain)
     assert not torch.equal(drawn(sd_pipe, adapter_control(adapter, unconditional_scale=0)), plain)
+
+
+def test_an_adapter_has_a_scale_of_its_own_where_there_is_guidance(
+    make_adapter: MakeAdapter, sd_pipe: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    make_adapter(unconditional_scale=0.0).save_pretrained(tmp_path)
+    adapter, plain = LocalAdapter.from_pretrained(tmp_path), make_adapter()
+    alone = drawn(sd_pipe, adapter_control(plain, unconditional_scale=0))
+    assert torch.equal(drawn(sd_pipe, adapter_control(adapter)), alone)
+    whole = drawn(sd_pipe, adapter_control(plain))
+    assert torch.equal(drawn(sd_pipe, adapter_control(adapter, unconditional_scale=1)), whole)
+    assert not torch.equal(alone, whole)
+    # without guidance it has no effect, and nothing is refused
+    unguided = drawn(sd_pipe, adapter_control(plain), guidance_scale=1.0)
+    assert torch.equal(drawn(sd_pipe, adapter_control(adapter), guidance_scale=1.0), unguided)
+    own = drawn(sd_pipe, adapter_control(plain, guidance_scale=2.0))
+    assert torch.equal(drawn(sd_pipe, adapter_control(adapter, guidance_scale=2.0)), own)
+    with pytest.raises(ValueError, match="unconditional_scale must be a finite number, not nan"):
+        make_adapter(unconditional_scale=float("nan"))
 
 
 @pytest.mark.parametrize("kind", ["sd_pipe", "v_pipe", "sdxl_pipe"])

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from tiny_transformers import flux, flux2, pixart, qwen_image, sd3, z_image
+from tiny_transformers import tiny
 from torch import Tensor
 
 from localctl.adapter import LocalAdapter
@@ -31,17 +31,16 @@ Projections = Callable[[Any, Any, Any], tuple[Tensor, Tensor, Tensor, slice, Ten
 class Family:
     """A family with a tiny pipeline.
 
-    build: makes it. projections: of an attention layer and its arguments, what its row of the prompt attends with,
-    (H, *, d): queries of the image, all keys and values, the place of the text, and a bias (S,) of its own. embeds: of
-    a prompt, a prompt for pooled embeddings and a negative prompt, the arguments that pass them as embeddings.
-    image_at: the place of the image in what an attention layer returns. call: arguments of every call; guided, plain:
-    those of calls with guidance, and without. image_to_image: whether diffusers has such a pipeline. calls: of the
-    module in a step with guidance, that with the prompt first. row: of those of a call with guidance, that of the
-    prompt. negative: whether calls take a negative prompt.
+    projections: of an attention layer and its arguments, what its row of the prompt attends with, (H, *, d):
+    queries of the image, all keys and values, the place of the text, and a bias (S,) of its own. embeds: of a
+    prompt, a prompt for pooled embeddings and a negative prompt, the arguments that pass them as embeddings.
+    image_at: the place of the image in what an attention layer returns. call: arguments of every call; guided,
+    plain: those of calls with guidance, and without. image_to_image: whether diffusers has such a pipeline. calls:
+    of the module in a step with guidance, that with the prompt first. row: of those of a call with guidance, that
+    of the prompt. negative: whether calls take a negative prompt.
     """
 
     name: str
-    build: Callable[[], DiffusionPipeline]
     projections: Projections
     embeds: Callable[[Any, str, str, str], dict[str, Any]]
     image_at: int | None = None
@@ -188,15 +187,13 @@ FAMILIES = {
     for family in (
         Family(
             "pixart",
-            pixart,
             cross_projections,
             pixart_embeds,
             call={"use_resolution_binning": False, "clean_caption": False, "max_sequence_length": 24},
         ),
-        Family("sd3", sd3, sd3_projections, sd3_embeds, 0, {"max_sequence_length": 24}, image_to_image=True),
+        Family("sd3", sd3_projections, sd3_embeds, 0, {"max_sequence_length": 24}, image_to_image=True),
         Family(
             "flux",
-            flux,
             flux_projections,
             flux_embeds,
             0,
@@ -208,7 +205,6 @@ FAMILIES = {
         ),
         Family(
             "flux2",
-            flux2,
             flux_projections,
             flux2_embeds,
             0,
@@ -218,7 +214,6 @@ FAMILIES = {
         ),
         Family(
             "qwen_image",
-            qwen_image,
             qwen_projections,
             qwen_embeds,
             0,
@@ -229,7 +224,6 @@ FAMILIES = {
         ),
         Family(
             "z_image",
-            z_image,
             z_projections,
             z_embeds,
             call={"max_sequence_length": 48},
@@ -261,7 +255,7 @@ def family_folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
         if name not in made:
             torch.manual_seed(0)
             made[name] = tmp_path_factory.mktemp(name)
-            pipe = FAMILIES[name].build()
+            pipe: Any = tiny(name)
             with torch.no_grad():
                 for parameter in pipe.transformer.parameters():
                     if parameter.ndim > 1:  # large enough that attention differs between cells

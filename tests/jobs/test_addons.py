@@ -150,6 +150,15 @@ def test_control_takes_part_in_guidance_as_flags_say(inputs: Path, make_adapter:
     assert differ(plain, alone) and differ(own, alone)
     assert_same(own, repeated("own"))
     assert_same(alone, repeated("alone"))
+    # an adapter's own scale is the default, and recorded
+    options = {"condition": {"kind": "canny", "low": 20, "high": 60}, "unconditional_scale": 0.0}
+    make_adapter(**options).save_pretrained("adapter")
+    assert_same(alone, sampled("default", *adapter))
+    assert_same(plain, sampled("whole", *adapter, "--unconditional_scale", "1"))
+    sampled("unguided", *adapter, "--guidance_scale", "1")
+    for name, scale in (("default", 0.0), ("whole", 1.0), ("unguided", 1.0)):
+        assert json.loads(Path(name, "sample.json").read_text())["options"]["unconditional_scale"] == [scale]
+    assert_same(alone, repeated("default"))
 
 
 def test_prompts_and_layouts_come_from_a_file(inputs: Path) -> None:

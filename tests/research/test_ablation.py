@@ -19,6 +19,7 @@ from localctl.training.loop import NotFiniteError
 from localctl.training.settings import TrainSettings
 from research.ablation import rows, study
 from research.ablation.__main__ import main
+from research.ablation.claims import claims_section
 from research.ablation.figures import CONTROL, Figures, Resampler, interval, read_figures
 from research.ablation.report import write_report
 from research.ablation.rows import ROWS, Sweep, row_cells, sweep_cells
@@ -42,6 +43,7 @@ CHANGES = {
     "inside_weight": {"loss.masked_denoising_weight": 3.0},
     "cover": {"adapter.mask_resize": "cover"},
     "cover_edges": {"adapter.mask_resize": "cover", **EDGES},
+    "cover_edges_late": {"adapter.mask_resize": "cover", **EDGES, "loss.start": 0.5},
     "cover_edges_strong": {"adapter.mask_resize": "cover", **EDGES, "loss.weight": 0.5},
 }
 
@@ -197,7 +199,7 @@ def test_mistakes_are_one_sentence(more, words, tmp_path, capsys):
     assert words in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
-COLUMNS = ("f1", "leak", "clip_score")
+COLUMNS = ("f1", "leak", "clip_score", "color_in")
 PROVENANCE = {
     "metrics": ["f1"], "n_real": 9, "n_fake": 9, "image_format": "PNG", "image_size": [128, 128], "mask_protocol": "x",
     "seeds": {"seed": 0}, "versions": {"torch": "2"},
@@ -206,14 +208,14 @@ PROVENANCE = {
 
 def made(name, row, seed, f1, kid=0.1, loss=None, ceiling=None):
     f1 = np.asarray(f1, float)
-    samples = np.stack([f1, np.zeros_like(f1), f1 * 10], axis=1)
+    samples = np.stack([f1, np.zeros_like(f1), f1 * 10, np.ones_like(f1)], axis=1)
     protocol = {"base": "micro", "count": len(f1), "num_inference_steps": 1, "guidance_scale": 2.0, "scheduler": "ddim"}
     ids = tuple(str(i) for i in range(len(f1)))
     about = {
         "name": name, "row": row, "title": name, "seed": seed, "ids": list(ids), "columns": list(COLUMNS),
         "samples": samples.tolist(), "training": {"settings": {"loss": loss or {}}}, "provenance": PROVENANCE,
         "asked": {"protocol": protocol, "steps": 5},
-        "ceiling": None if ceiling is None else np.stack([np.full_like(f1, ceiling)] * 3, axis=1).tolist(),
+        "ceiling": None if ceiling is None else np.stack([np.full_like(f1, ceiling)] * len(COLUMNS), axis=1).tolist(),
         "distances": {"frechet_micro_clip": 30 + kid, "kid_micro_clip": kid, "kid_error_micro_clip": 0.1},
     }  # fmt: skip
     return Result(name, ids, COLUMNS, samples, about)
@@ -285,6 +287,27 @@ def test_the_sweep_chooses_the_best_setting_that_is_not_worse(tmp_path):
         (tmp_path / "page" / "a.json").write_text(json.dumps(content | changed))
         with pytest.raises(ValueError, match=words):
             read_figures(tmp_path / "page")
+
+
+def test_a_claim_is_met_missed_or_not_measured():
+    f1 = np.random.default_rng(0).uniform(0.7, 0.8, 30)
+    base = made("base", "base", 0, f1 - 0.6, ceiling=1.0)
+
+    def claims(**gains):
+        rows = [made(f"{row}{s}", row, s, f1 + gain) for row, gain in gains.items() for s in range(3)]
+        return claims_section(figures_of(base, *rows))[2:5]
+
+    term, defaults, mask = claims(cover_prompt=0.1, cover_edges_late_prompt=0.16, plain_prompt=0.14)
+    assert (
+        "local term: met (3 seeds).** cover + edges in the second half" in term and "F1 +0.060 [+0.060, +0.060]" in term
+    )
+    assert "The defaults: missed (3 seeds)." in defaults and "cost of the mask: met (3 seeds)." in mask
+    term, defaults, mask = claims(cover_prompt=0.2, cover_edges_late_prompt=0.24, plain_prompt=0.26)
+    assert "local term: missed (3 seeds)." in term and "The defaults: met (3 seeds)." in defaults
+    assert "cost of the mask: missed (3 seeds)." in mask
+    assert all("not measured" in line for line in claims(feature_masked=0.1))
+    hint = claims_section(figures_of(base, made("a", "cover", 0, f1), made("b", "cover_edges", 0, f1)))[2]
+    assert "local term: missed, a hint of 1 seed." in hint
 
 
 def test_a_result_has_a_line_for_each_image(tmp_path):

@@ -4,11 +4,14 @@ import json
 import math
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 
-from research.benchmarks import gpu
-from research.benchmarks.gpu_parts import PARTS
+from research.benchmarks import gpu, gpu_families
+from research.benchmarks.gpu import PARTS
+from research.benchmarks.gpu_parts import Bench
 from research.benchmarks.gpu_report import BEGIN, END, read, report, write_page
+from research.benchmarks.timing import Deadline
 from research.flags import PAGES, RESULTS
 
 QUICK = ("limits", "training", "controls_sd15", "encoders")
@@ -35,6 +38,28 @@ def test_every_part_works(tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
     assert status == 0
     assert {row["part"] for row in rows} == {"machine", *PARTS}
+
+
+def test_flux_is_measured_as_the_other_bases_are(tmp_path):
+    status, rows = run(tmp_path, "limits", "flux_training_512", "flux_controls_512")
+    assert status == 0 and not [row for row in rows if "error" in row or "skipped" in row]
+    plain, checkpointed = of_part(rows, "flux_training_512")
+    assert plain["tflop_per_image"] == checkpointed["tflop_per_image"] > 0
+    assert checkpointed["gib_counted"] <= plain["gib_counted"] and plain["times"] == 1
+    names = [row["control"] for row in of_part(rows, "flux_controls_512")]
+    assert names == ["none", "adapter", "bias", "dense", "spacetime"]
+    assert "| flux1_dev 64 px, batch 1 | adapter, gradient checkpointing |" in report(rows)
+
+
+def test_a_step_that_does_not_fit_is_not_tried(monkeypatch):
+    monkeypatch.setattr(gpu_families, "_room", lambda device: 0.0)
+    rows = list(gpu_families.TokenTraining("flux1_dev", 64).rows(Bench(torch.device("cpu"), True, None, Deadline())))
+    assert [row["skipped"].split(",")[0] for row in rows] == ["adapter", "adapter"]
+
+
+def test_a_group_of_parts_has_a_name():
+    options = gpu.parse(["--tiny", "--parts", "limits", "flux"])
+    assert options.parts == ["limits", *gpu_families.PARTS]
 
 
 def of_part(rows, part):

@@ -7,10 +7,12 @@ from training_helpers import tiny_settings
 
 from localctl.adapter import LocalAdapter
 from localctl.adapter_files import find_adapter
+from localctl.bases import BaseConfig
 from localctl.conditions import ConditionConfig
 from localctl.training.adapter_plan import plan_adapter
 from localctl.training.models import load_models
-from localctl.training.settings import AdapterConfig
+from localctl.training.resume import is_free
+from localctl.training.settings import AdapterConfig, TrainSettings
 
 CPU = torch.device("cpu")
 
@@ -92,6 +94,17 @@ def test_level_weights_are_set_or_taken_over_and_checked_before_the_base_is_read
         assert tuple(plan.make(0).config["level_weights"]) == expected
     with pytest.raises(ValueError, match="has 4 levels of features, but level_weights are"):
         plan_adapter(tiny_settings(sd_folder, tmp_path, adapter=AdapterConfig(level_weights=(1.0, 2.0))))
+
+
+def test_the_base_says_how_an_adapter_takes_part_in_guidance(sd_folder, tmp_path):
+    def scale(**options):
+        return plan_adapter(tiny_settings(sd_folder, tmp_path, **options)).options["unconditional_scale"]
+
+    assert scale() == 1 and scale(adapter=AdapterConfig(unconditional_scale=0.5)) == 0.5
+    assert TrainSettings().adapter.unconditional_scale == 0 and TrainSettings().adapter.mask_resize == "cover"
+    assert TrainSettings(base=BaseConfig(name="sd15")).adapter.mask_resize == "area"
+    assert TrainSettings(base=BaseConfig(name="sd15")).adapter.unconditional_scale == 1
+    assert is_free("adapter.unconditional_scale")  # a checkpoint without it can be resumed
 
 
 def test_the_adapter_says_how_its_condition_is_computed(sd_folder, tmp_path):

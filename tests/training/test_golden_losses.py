@@ -19,7 +19,7 @@ from training_helpers import loss_log, silent_run
 
 from localctl.pipelines import BaseConfig
 from localctl.training.resume import weights_fingerprint
-from localctl.training.settings import DataConfig, TrainSettings
+from localctl.training.settings import AdapterConfig, DataConfig, TrainSettings
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "losses_of_50_steps.json"
 UPDATE = "LOCALCTL_UPDATE_GOLDENS"
@@ -27,9 +27,10 @@ NAMES = ("loss", "denoising", "local_raw", "learning_rate", "grad_norm")
 
 
 def train(folder: Path) -> None:
-    """The default run, except for its length and size, in float32 on one thread."""
+    """The default run, except for its length, its size and the mask on coarse grids, in float32 on one thread."""
     settings = TrainSettings(
-        base=BaseConfig(name="micro"), data=DataConfig(count=20), output_dir=str(folder), max_train_steps=50,
+        base=BaseConfig(name="micro"), adapter=AdapterConfig(mask_resize="area"), data=DataConfig(count=20),
+        output_dir=str(folder), max_train_steps=50,
         train_batch_size=1, lr_warmup_steps=10, logging_steps=1, validation_steps=0, checkpointing_steps=0,
         report_to="none", mixed_precision="no",
     )  # fmt: skip

@@ -13,7 +13,7 @@ from training_helpers import loss_log, silent_run, tiny_settings
 
 from localctl.adapter import LocalAdapter
 from localctl.training.checkpoints import list_checkpoints
-from localctl.training.settings import DataConfig
+from localctl.training.settings import DataConfig, LossConfig
 
 
 def weights(run):
@@ -69,6 +69,19 @@ def test_halves_at_once_resume_bit_for_bit_and_learn_the_same(straight, tmp_path
     assert log == loss_log(tmp_path / "stopped")
     for row, other in zip(log, loss_log(Path(one_thread.settings.output_dir)), strict=True):
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+def test_a_local_term_may_start_later_and_until_then_nothing_differs(straight, tmp_path):
+    settings, _ = straight
+
+    def log(name, **loss):
+        run = silent_run(replace(settings, output_dir=str(tmp_path / name), logging_steps=1, loss=LossConfig(**loss)))
+        run.train()
+        return loss_log(tmp_path / name)
+
+    late = log("late", filter="mse", weight=5.0, start=0.5)  # of 5 steps the last two
+    assert late[:3] == log("none", filter="none")[:3]
+    assert [row["local"] > 0 for row in late] == [False, False, False, True, True]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

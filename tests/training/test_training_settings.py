@@ -96,6 +96,8 @@ def test_settings_that_make_no_sense(changes, word):
         (lambda: AdapterConfig(adapter_type="full"), "full"),
         (lambda: AdapterConfig(channels=()), "channels"),
         (lambda: AdapterConfig(mask_resize="bilinear"), "bilinear"),
+        (lambda: LossConfig(filter="none", start=0.5), "loss.start is of a local term, and loss.filter=none has none"),
+        (lambda: LossConfig(start=1.0), "loss.start"),
         (lambda: ValidationConfig(scheduler="ddimm"), "ddimm"),
         (lambda: ValidationConfig(count=0), "validation.count"),
     ],
