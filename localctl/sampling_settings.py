@@ -104,4 +104,5 @@ FREE = Sampling()  # leaves every setting open
 def own_sampling(base: str) -> Sampling:
     """Return the default sampling settings of a base, by name or folder; :data:`FREE` for an unknown one."""
     known = next((spec for name, spec in BASES.items() if base and same_base(name, base)), None)
-    return FREE if known is None else replace(FREE, **{known.guided_by: known.guidance_scale})
+    own: dict[str, Any] = {} if known is None else {known.guided_by: known.guidance_scale}
+    return replace(FREE, **own)

@@ -41,7 +41,7 @@ def pytest_configure() -> None:
     matters for a power cut alone."""
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
-    os.fsync = lambda descriptor: None
+    os.fsync = lambda fd: None
     choose_pil_processors()  # pipelines are not to be imported before it
 
 

@@ -5,9 +5,13 @@ import shlex
 from pathlib import Path
 
 import torch
+from families import token_adapter
 from PIL import Image
+from sample_helpers import CANNY
 
 from localctl.cli import sample
+from localctl.cli.training_flags import training_settings
+from localctl.training.settings import TrainSettings
 
 PAGES = Path(__file__).parents[1] / "docs"
 SIDE = 64
@@ -38,13 +42,23 @@ def test_the_examples_of_a_page_run(family, family_folders, tmp_path, monkeypatc
     assert {path.name for path in tmp_path.iterdir()} == set(re.findall(r'save\("([^"]+)"\)', code))
 
 
-def test_the_commands_of_a_page_run(family, family_folders, tmp_path, monkeypatch):
+def test_the_commands_of_a_page_run(family, dit, family_folders, tmp_path, monkeypatch):
+    """In small: images are generated, and the settings of a training are read."""
     text = (PAGES / "families" / f"{family.name}.md").read_text().replace("\\\n", "")
-    commands = [shlex.split(line) for line in text.splitlines() if line.startswith("python sample.py ")]
-    assert commands
+    commands = [shlex.split(line) for line in text.splitlines() if line.startswith("python ")]
+    assert [command[1] for command in commands] == ["sample.py", "train_adapter.py", "train_adapter.py", "sample.py"]
     monkeypatch.chdir(tmp_path)
-    for command in commands:
-        given = dict(zip(command[2::2], command[3::2], strict=True))
+    for name in ("photo", "mask"):
+        Image.new("L", (SIDE, SIDE), 255).save(f"{name}.png")
+    adapter = token_adapter(dit)
+    adapter.register_to_config(base=str(family_folders(family.name)), condition=CANNY)
+    adapter.save_pretrained(f"outputs/{family.name}_adapter")
+    for program, *words in (command[1:] for command in commands):
+        if program == "train_adapter.py":
+            settings = training_settings(program, words, TrainSettings, None)
+            assert settings.base.name == family.name and settings.gradient_checkpointing
+            continue
+        given = dict(zip(words[::2], words[1::2], strict=True))
         given |= {"--base": str(family_folders(family.name)), "--dtype": "float32", "--resolution": str(SIDE)}
         given |= {"--num_inference_steps": "2"}
         assert sample.main([word for pair in given.items() for word in pair]) == 0

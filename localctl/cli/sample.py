@@ -31,7 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from localctl.bases import DTYPE_NAMES, SCHEDULERS, SIGMAS
+from localctl.bases import BASES, DTYPE_NAMES, SCHEDULERS, SIGMAS
 from localctl.cli.arguments import Arguments, boolean, shortened, size
 from localctl.cli.program import explained, one_sentence
 from localctl.cli.sample_addons import ADDON_OTHER_FLAGS, ADDON_REPLACED, add_addon_flags
@@ -239,7 +239,7 @@ def _add_base_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("base").add_argument
     add(
         "--base",
-        help="micro, sd15, sd21, sdxl, folder, file or hub id, also of transformers; default: the adapter's, or micro",
+        help=f"{', '.join(BASES)}, folder, file or hub id; default: the adapter's, or micro",
     )
     add("--vae", metavar="PLACE", help="another VAE: a diffusers folder or a hub id")
     add("--variant", help="variant of the base's files, such as fp16")

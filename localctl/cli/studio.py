@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from localctl.bases import DTYPE_NAMES
+from localctl.bases import BASES, DTYPE_NAMES
 from localctl.cli.arguments import Arguments
 from localctl.cli.program import explained, one_sentence
 from localctl.messages import loading
@@ -71,7 +71,7 @@ def new_parser(description: str | None = None, program: str = PROGRAM) -> Argume
     """Return the parser of all flags; the namespace has only flags that were given."""
     parser = Arguments(program, description, argument_default=argparse.SUPPRESS)
     add = parser.add_argument_group("models", "what the page may use").add_argument
-    add("--base", help="micro, sd15, sd21, sdxl, a folder, a hub id or a file of weights (default: micro)")
+    add("--base", help=f"{', '.join(BASES)}, a folder, a hub id or a file of weights (default: micro)")
     add("--adapter", nargs="+", metavar="PLACE", help="trained (or plain T2I-) adapters")
     add("--controlnet", nargs="+", metavar="PLACE", help="ControlNets")
     add("--ip_adapter", nargs="+", metavar="PLACE", help="IP-Adapters")

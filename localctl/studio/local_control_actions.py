@@ -173,11 +173,11 @@ def change_count(studio: Studio, names: Sequence[str], change: int) -> Callable[
 
     def handler(*values: Any) -> list[Any]:
         given = dict(zip(names, values, strict=True))
-        scene = given.get("scene")
-        regions = list(scene.get("regions", ())) if isinstance(scene, Mapping) else []
-        count = min(MOST_ADAPTERS, max(1, len(regions) + change))
-        given["scene"] = {**(scene or {}), "regions": [*regions, *first_regions(count)[len(regions) :]][:count]}
-        return _arranged(studio, given)
+        scene = given.get("scene") or {}
+        if isinstance(scene, Mapping) and isinstance(regions := scene.get("regions", []), list):
+            count = min(MOST_ADAPTERS, max(1, len(regions) + change))
+            given["scene"] = {**scene, "regions": [*regions, *first_regions(count)[len(regions) :]][:count]}
+        return _arranged(studio, given)  # says what is wrong with another scene
 
     return handler
 

@@ -28,16 +28,26 @@ def is_divided(rows: Tensor) -> bool:
     return len(rows) > 1 and rows.device.type == "cpu" and torch.get_num_threads() > 1
 
 
-def in_halves(compute: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-    """Return ``compute(rows)``, a pure function of each row, without gradients; in halves where that is faster.
+def in_halves(compute: Callable[[Tensor], Tensor], rows: Tensor, most: int) -> Tensor:
+    """Return ``compute(rows)``, a pure function of each row, without gradients; on a CPU in blocks of at most ``most``
+    rows, and in halves where that is faster.
 
-    Both have the same size, and share the row in the middle of an odd number: a row's last bits may depend on the size.
+    All blocks have the same size, so the last two may share rows: a row's last bits may depend on the size.
     """
-    if not is_divided(rows):
+    if rows.device.type != "cpu":
         return compute(rows)
-    size = (len(rows) + 1) // 2
-    first, second = _both(partial(compute, rows[:size]), partial(compute, rows[-size:]))
-    return torch.cat([first, second[2 * size - len(rows) :]])
+    halves = 2 if is_divided(rows) else 1
+    size = -(-len(rows) // (halves * -(-len(rows) // (halves * most))))
+    starts = range(0, len(rows), size)
+
+    def blocks(starts: Sequence[int]) -> Tensor:
+        firsts = {start: min(start, len(rows) - size) for start in starts}
+        return torch.cat([compute(rows[first : first + size])[start - first :] for start, first in firsts.items()])
+
+    if halves == 1:
+        return blocks(starts)
+    middle = (len(starts) + 1) // 2
+    return torch.cat(_both(partial(blocks, starts[:middle]), partial(blocks, starts[middle:])))
 
 
 def mean_loss(compute: Compute, features: Sequence[Tensor], *, whole: bool = False) -> tuple[Tensor, LossTerms]:

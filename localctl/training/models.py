@@ -37,6 +37,8 @@ from localctl.training.large_bases import keeping_weights
 from localctl.training.memo import MEMO_BYTES, Memo
 from localctl.training.settings import TrainSettings
 
+_PIXELS_AT_ONCE = 8 * 128 * 128  # that a CPU encodes: its caches hold no more activations
+
 
 class Models:
     """A frozen base with an adapter on it.
@@ -134,7 +136,8 @@ class Models:
     @torch.no_grad()
     def _encode_moments(self, pixels: Tensor) -> Tensor:
         """Return mean and standard deviation of the VAE's posterior as one tensor (B,2c,h,w)."""
-        return in_halves(lambda rows: torch.cat(posterior(self.vae, rows), dim=1), pixels)
+        most = max(1, _PIXELS_AT_ONCE // math.prod(pixels.shape[-2:]))
+        return in_halves(lambda rows: torch.cat(posterior(self.vae, rows), dim=1), pixels, most)
 
     def text_states(self, captions: Sequence[str]) -> PromptEmbeds:
         """Return the prompt embeddings of ``captions``, encoded as the pipeline itself does, each distinct one once; an

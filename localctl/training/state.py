@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from localctl.architectures import read_shape
 from localctl.distributed import Messages
 from localctl.files import first_line, read_json, share_weights, write_json
 from localctl.training.checkpoints import CheckpointError, save_checkpoint
@@ -238,6 +239,11 @@ def new_state(settings: TrainSettings, accelerator: Accelerator, without: Collec
     optimizer_kind = optimizer_class(settings)
     if settings.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if accelerator.distributed_type == DistributedType.FSDP and read_shape(settings.base).denoiser == "transformer":
+        raise ValueError(
+            "FSDP shards what is trained, not the frozen transformer, which would be whole in each process; use DDP, "
+            "with --quantization or --offload_base if it does not fit."
+        )
     models = load_models(settings, accelerator.device, _DTYPES.get(accelerator.mixed_precision), without)
     parameters = [parameter for parameter in models.plain_adapter.parameters() if parameter.requires_grad]
     compilation = Compilation(models) if settings.compile else None

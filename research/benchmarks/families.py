@@ -30,8 +30,8 @@ from research.benchmarks.family_shapes import (
     SHAPES,
     Shape,
     bare_pipeline,
-    empty_conditioning,
     latent_channels,
+    made_texts,
     new_transformer,
     shape_named,
     token_adapter,
@@ -84,7 +84,7 @@ class Counted:
             **self.base(),
             "side": side,
             "image_tokens": (side // factor // self.denoiser.patch) ** 2,
-            "text_tokens": self.shape.tokens,
+            "text_tokens": self.denoiser.blank_texts().states.shape[1],
             "forward_tflop": forward / 1e12,
             "step_tflop": step / 1e12,
             "step_checkpointed_tflop": repeated / 1e12,
@@ -93,7 +93,8 @@ class Counted:
         }
 
     def _output(self, noisy: Tensor, features: Sequence[Tensor] | None = None) -> Tensor:
-        conditioning = empty_conditioning(self.shape.family, self.transformer.config, self.shape.tokens, _empty)
+        side = noisy.shape[-1] * self.pipe.vae_scale_factor
+        conditioning = self.denoiser.conditioning(made_texts(self.denoiser, _empty), (side, side), [None])
         with torch.set_grad_enabled(features is not None):
             return self.denoiser.output(noisy, _empty(1), conditioning, features)
 

@@ -62,7 +62,7 @@ def family_pipeline(
     clip = tokenizer or CLIPTokenizer.from_pretrained(MICRO_WEIGHTS / "tokenizer")
     transformer = new_transformer(family, TINY[family] if config is None else config, place, dtype)
     flow = diffusers.FlowMatchEulerDiscreteScheduler
-    scheduler = flow(shift=3.0, use_dynamic_shifting=family in ("flux", "flux2"))
+    scheduler = flow(shift=3.0, use_dynamic_shifting=family in ("flux", "flux2", "qwen_image"))
     parts: Parts = {"transformer": transformer, "scheduler": scheduler, **_REST[family](transformer.config, clip)}
     return _frozen(getattr(diffusers, CLASSES[family][1])(**parts), place, dtype)
 

@@ -1,8 +1,8 @@
-"""The published shapes of transformers: their configs, the texts that their pipelines pass, and parts without weights.
+"""The published shapes of transformers, and parts of pipelines without weights.
 
 Values are those of each ``transformer/config.json`` on the hub, as far as they differ from the defaults of their class
-in diffusers 0.42. They were read in public copies of these files, and in diffusers' scripts
-``convert_sd3_to_diffusers`` and ``convert_pixart_sigma_to_diffusers``.
+in diffusers 0.42, here or in localctl/known_bases.yaml. They were read in public copies of these files, and in
+diffusers' scripts ``convert_sd3_to_diffusers`` and ``convert_pixart_sigma_to_diffusers``.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 
 from localctl.adapter import TOKEN_WIDTH, TOKENS, LocalAdapter
-from localctl.architectures import Config
+from localctl.architectures import TABLE, Config
 from localctl.denoisers import denoiser_of
-from localctl.denoisers.base import Conditioning
 from localctl.denoisers.packed import Packed
-from localctl.denoisers.z_image import _LENGTHS
+from localctl.prompt_embeds import PromptEmbeds
+from localctl.training.adapter_plan import TOKEN_LEVELS
 
-LEVELS = 8  # residuals of an adapter: the default of these benchmarks
 CLASSES: Mapping[str, tuple[str, str]] = MappingProxyType(  # of a family's transformer and of its pipeline
     {
         "pixart": ("PixArtTransformer2DModel", "PixArtSigmaPipeline"),
@@ -39,47 +38,34 @@ CLASSES: Mapping[str, tuple[str, str]] = MappingProxyType(  # of a family's tran
 
 @dataclass(frozen=True)
 class Shape:
-    """A base. config: of its transformer. tokens: of a text; a prompt of Qwen-Image and Z-Image, whose texts are not
-    filled up, is taken to have 128. call: arguments of the pipeline in ordinary use, for its guidance."""
+    """A base. config: of its transformer. call: arguments of the pipeline in ordinary use, for its guidance."""
 
     family: str
     config: Config
-    tokens: int
     call: Mapping[str, Any] = field(default_factory=dict)
 
 
-_PIXART = {"caption_channels": 4096, "use_additional_conditions": False}
-_SD35 = {"qk_norm": "rms_norm", "attention_head_dim": 64}
-_TWO_CALLS = {"true_cfg_scale": 4.0, "negative_prompt": " "}
+def _known(family: str, call: Mapping[str, Any]) -> Shape:
+    return Shape(family, TABLE[family]["transformer"], call)
+
+
 SHAPES: Mapping[str, Shape] = MappingProxyType(
     {
-        "pixart_sigma": Shape("pixart", {**_PIXART, "interpolation_scale": 2}, 300, {"guidance_scale": 4.5}),
-        "sd35_medium": Shape(
-            "sd3",
-            {
-                **_SD35,
-                "num_layers": 24,
-                "num_attention_heads": 24,
-                "caption_projection_dim": 1536,
-                "pos_embed_max_size": 384,
-                "dual_attention_layers": list(range(13)),
-            },
-            77 + 256,
-            {"guidance_scale": 4.5},
-        ),
+        "pixart_sigma": _known("pixart", {"guidance_scale": 4.5}),
+        "sd35_medium": _known("sd3", {"guidance_scale": 4.5}),
         "sd35_large": Shape(
             "sd3",
             {
-                **_SD35,
+                "attention_head_dim": 64,
                 "num_layers": 38,
                 "num_attention_heads": 38,
                 "caption_projection_dim": 2432,
                 "pos_embed_max_size": 192,
+                "qk_norm": "rms_norm",
             },
-            77 + 256,
             {"guidance_scale": 3.5},
         ),
-        "z_image": Shape("z_image", {"axes_lens": [1536, 512, 512]}, 128, {"guidance_scale": 4.0}),
+        "z_image": _known("z_image", {"guidance_scale": 4.0}),
         "flux2_klein_4b": Shape(
             "flux2",
             {
@@ -89,12 +75,11 @@ SHAPES: Mapping[str, Shape] = MappingProxyType(
                 "joint_attention_dim": 7680,
                 "guidance_embeds": False,
             },
-            512,
             {"guidance_scale": 4.0},
         ),
-        "flux1_dev": Shape("flux", {"guidance_embeds": True}, 512, {"guidance_scale": 3.5}),
-        "qwen_image": Shape("qwen_image", {}, 128, _TWO_CALLS),
-        "flux2_dev": Shape("flux2", {}, 512, {"guidance_scale": 4.0}),
+        "flux1_dev": _known("flux", {"guidance_scale": 3.5}),
+        "qwen_image": _known("qwen_image", {"true_cfg_scale": 4.0, "negative_prompt": " "}),
+        "flux2_dev": Shape("flux2", {}, {"guidance_scale": 4.0}),
     }
 )
 # The same classes small enough for tests, with all of their kinds of blocks.
@@ -185,7 +170,7 @@ def new_transformer(family: str, config: Config, device: torch.device, dtype: to
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            return getattr(diffusers, CLASSES[family][0])(**config).eval().requires_grad_(False)
+            return getattr(diffusers, CLASSES[family][0]).from_config(dict(config)).eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(before)
 
@@ -209,24 +194,14 @@ def text_width(family: str, config: Any) -> int:
     return getattr(config, name)
 
 
-def empty_conditioning(family: str, config: Any, tokens: int, make: Callable[..., Tensor]) -> Conditioning:
-    """Return the conditioning of one image, its tensors by ``make(*sides)``."""
-    added: dict[str, dict[str, Any]] = {
-        "pixart": {
-            "encoder_attention_mask": make(1, tokens),
-            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-        },
-        "qwen_image": {"encoder_hidden_states_mask": None},
-        "z_image": {_LENGTHS: torch.tensor([tokens])},
-    }
-    if family in ("sd3", "flux"):
-        added[family] = {"pooled_projections": make(1, config.pooled_projection_dim)}
-    if family == "flux":
-        added[family]["guidance"] = make(1)
-    return Conditioning(make(1, tokens, text_width(family, config)), added.get(family), 1.0)
+def made_texts(denoiser: Any, make: Callable[..., Tensor]) -> PromptEmbeds:
+    """Return the prompt embeddings of one image, its tensors by ``make(*sides)``."""
+    blank = denoiser.blank_texts()
+    pooled = None if blank.pooled is None else make(*blank.pooled.shape)
+    return PromptEmbeds(make(*blank.states.shape), pooled, blank.lengths)
 
 
-def token_adapter(pipe: Any, levels: int = LEVELS, width: int = TOKEN_WIDTH) -> LocalAdapter:
+def token_adapter(pipe: Any, levels: int = TOKEN_LEVELS, width: int = TOKEN_WIDTH) -> LocalAdapter:
     """Return a new adapter for a pipeline's transformer, with one channel of condition."""
     denoiser: Any = denoiser_of(pipe)
     return LocalAdapter(

@@ -26,8 +26,8 @@ from research.benchmarks.family_pipelines import family_pipeline
 from research.benchmarks.family_shapes import (
     Shape,
     bare_pipeline,
-    empty_conditioning,
     latent_channels,
+    made_texts,
     new_transformer,
     shape_named,
     token_adapter,
@@ -48,7 +48,7 @@ class AdapterSteps:
         self._adapter = token_adapter(pipe).to(device).train()
         self._optimizer = torch.optim.AdamW(self._adapter.parameters(), lr=1e-5, fused=device.type == "cuda")
         rest = partial(torch.randn, device=device, dtype=transformer.dtype)
-        self._conditioning = empty_conditioning(shape.family, transformer.config, shape.tokens, rest)
+        self._conditioning = self._denoiser.conditioning(made_texts(self._denoiser, rest), (side, side), [None])
         latent = side // pipe.vae_scale_factor
         self._latents = torch.randn(1, latent_channels(self._denoiser), latent, latent, device=device)
         self._inputs = torch.rand(1, self._adapter.channels_of_condition + 1, side, side, device=device)

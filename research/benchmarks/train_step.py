@@ -2,10 +2,10 @@
 
   python -m research.benchmarks.train_step
 
-The plain step encodes every image and caption and leaves the U-Net's gradients on. All variants run in one process, in
-turns, on one thread; ratios are of process time, which other programs hardly disturb. Then each variant runs alone in a
-process of its own, for its peak memory beyond that of Python, the libraries and the data; and the product's training
-runs with its loader, for the share of time that it waits for data.
+The plain step encodes every image and caption and leaves the U-Net's gradients on. Each variant has a process of its
+own, with the memory allocator as its users have it, and all take turns, on one thread; ratios are of process time,
+which other programs hardly disturb. Then each variant runs alone, for its peak memory beyond that of Python, the
+libraries and the data; and the product's training runs with its loader, for the share of time that it waits for data.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +24,7 @@ import torch
 import transformers
 from torch import nn
 
+from localctl.allocator import keep_freed_memory
 from localctl.architectures import read_shape
 from localctl.bases import BaseConfig
 from localctl.data import MaskedSamples, MicroScenes, SampleRef, collate
@@ -45,10 +47,15 @@ from research.benchmarks.steps import (
     with_encodings,
     with_random_encodings,
 )
-from research.benchmarks.timing import Spread, in_turns, ratios
-from research.layout_benchmark.cost import peak_memory
+from research.benchmarks.timing import Spread, ratios
+from research.layout_benchmark.cost import peak_memory, seconds
 
-VARIANTS = {variant.name: variant for variant in (PLAIN, PLAIN_FROZEN, CACHED, LIVE, CONTIGUOUS, *WITHOUT, ONE_BY_ONE)}
+PLAIN_KEPT = Variant("plain step, freed memory kept", cached=False, plain=True)
+RETURNED = Variant("cached, freed memory returned")
+STEPS = (PLAIN, PLAIN_KEPT, PLAIN_FROZEN, CACHED, LIVE, CONTIGUOUS, RETURNED, *WITHOUT, ONE_BY_ONE)
+VARIANTS = {variant.name: variant for variant in STEPS}
+CPU = torch.device("cpu")
+PROGRAM = (sys.executable, "-m", "research.benchmarks.train_step")
 GOALS = {CACHED.name: 2.1, LIVE.name: 1.45}  # times as fast as the plain step
 MEMORY_GOAL = 0.7  # of the plain step's memory
 POOL = 4  # batches
@@ -66,6 +73,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--memory", nargs="*", choices=list(VARIANTS), default=[PLAIN.name, CACHED.name, LIVE.name])
     add("--wait_steps", type=int, default=20, help="of the training with its loader; 0 = none")
     add("--alone", choices=list(VARIANTS), help=argparse.SUPPRESS)  # measure the memory of this process
+    add("--asked", choices=list(VARIANTS), help=argparse.SUPPRESS)  # time steps, whenever a line is read
     return parser.parse_args(argv)
 
 
@@ -95,16 +103,55 @@ def encoded(pool: Sequence[Batch]) -> list[Batch]:
     return [with_encodings(batch, pipe) for batch in pool]
 
 
-def compare(options: argparse.Namespace, folder: Path) -> None:
+def choose_allocator(variant: Variant) -> None:
+    """Let this process keep the memory that it frees, as our program does and diffusers' script does not."""
+    if variant is PLAIN_KEPT or not (variant.plain or variant is RETURNED):
+        keep_freed_memory()
+
+
+class Apart:
+    """A variant in a process of its own, which makes steps and says how long they took when it is called."""
+
+    def __init__(self, name: str, options: argparse.Namespace) -> None:
+        self.name = name
+        command = [*PROGRAM, "--asked", name, "--batch", str(options.batch), "--steps", str(options.steps)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __call__(self) -> float:
+        """Return the seconds of process time of some steps. RuntimeError if the process has ended."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(file=self._process.stdin, flush=True)
+        if not (answer := self._process.stdout.readline()):
+            raise RuntimeError(f"The process of the step {self.name!r} has ended; its own error is above.")
+        return float(answer)
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
+
+
+def answer_questions(variant: Variant, options: argparse.Namespace, folder: Path) -> None:
+    """For each line of the standard input, make steps and print the seconds that they took."""
+    settings = settings_of(options.batch, folder)
+    steps = Steps(variant, settings, folder / "asked")
+    steps.use(encoded(batches(options.batch, settings)))
+    steps(WARM_UP)
+    for _ in sys.stdin:
+        print(seconds(partial(steps, options.steps), CPU), flush=True)
+
+
+def compare(options: argparse.Namespace) -> None:
     """Print the speed of every variant beside the plain step's."""
-    settings, device = settings_of(options.batch, folder), torch.device("cpu")
-    pool = encoded(batches(options.batch, settings))
-    made = {}
-    for name in dict.fromkeys([PLAIN.name, *options.variants]):
-        made[name] = Steps(VARIANTS[name], settings, folder / name)
-        made[name].use(pool)
-        made[name](WARM_UP)
-    times = in_turns({name: partial(one, options.steps) for name, one in made.items()}, options.rounds, device)
+    times: dict[str, list[float]] = {}
+    with ExitStack() as stack:
+        made = []
+        for name in dict.fromkeys([PLAIN.name, *options.variants]):
+            made.append(Apart(name, options))
+            stack.callback(made[-1].close)
+            made[-1]()  # one starts after the other
+        for _ in range(options.rounds):
+            for one in made:
+                times.setdefault(one.name, []).append(one())
     print("| step | ms | times as fast as the plain step |\n|---|---|---|")
     for name, taken in times.items():
         ms = Spread.of([1e3 * took / options.steps for took in taken])
@@ -136,22 +183,14 @@ def alone(variant: Variant, batch: int, folder: Path) -> None:
         steps.use(pool)
         steps(4)
 
-    print(peak_memory(run, torch.device("cpu")))
+    print(peak_memory(run, CPU))
 
 
 def memory(options: argparse.Namespace) -> None:
     """Print the peak memory of the chosen variants, each in a process of its own."""
     found: dict[str, float] = {}
     for name in dict.fromkeys([PLAIN.name, *options.memory]):
-        command = [
-            sys.executable,
-            "-m",
-            "research.benchmarks.train_step",
-            "--alone",
-            name,
-            "--batch",
-            str(options.batch),
-        ]
+        command = [*PROGRAM, "--alone", name, "--batch", str(options.batch)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         found[name] = float(done.stdout.splitlines()[-1])
         share = found[name] / found[PLAIN.name]
@@ -173,12 +212,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the tables; return 0."""
     options = parse(argv)
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as name, no_progress_bars():
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as place, no_progress_bars():
+        folder = Path(place)
+        if name := options.alone or options.asked:
+            choose_allocator(VARIANTS[name])
         if options.alone:
-            alone(VARIANTS[options.alone], options.batch, folder)
+            alone(VARIANTS[name], options.batch, folder)
+        elif options.asked:
+            answer_questions(VARIANTS[name], options, folder)
+        if name:
             return 0
-        compare(options, folder)
+        compare(options)
         if options.memory:
             memory(options)
         if options.wait_steps:

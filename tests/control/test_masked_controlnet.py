@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from addon_files import random_controlnet as controlnet
 from attachment_helpers import assert_same_draw
-from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline
+from diffusers import StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline
 from torch import Tensor
 
 from localctl.adapter import LocalAdapter
@@ -17,17 +18,6 @@ from localctl.control.image_controls import LocalAdapterControl, MaskedControlNe
 from localctl.sampling import generate
 
 PROMPT = "a cat, dogs"
-
-
-def controlnet(pipe: Any, seed: int = 0, **config: Any) -> ControlNetModel:
-    """Make a ControlNet of the U-Net's shape, with random weights in its zero convolutions."""
-    torch.manual_seed(seed)
-    net = ControlNetModel.from_unet(pipe.unet, conditioning_channels=3).eval().requires_grad_(False)
-    for parameter in net.parameters():
-        if not parameter.any():
-            parameter.normal_(std=0.1)
-    net.register_to_config(**config)
-    return net
 
 
 def condition(count: int = 1, channels: int = 3) -> Tensor:

@@ -15,8 +15,8 @@ from research.benchmarks.family_shapes import (
     SHAPES,
     TINY,
     bare_pipeline,
-    empty_conditioning,
     latent_channels,
+    made_texts,
     new_transformer,
 )
 
@@ -65,10 +65,10 @@ def test_a_step_costs_more_than_a_call_and_with_checkpointing_more_again(counted
 
 def test_a_count_without_weights_is_that_of_a_run(counted):
     """The same transformer with weights on a CPU, under torch's own counter, which sees attention as products."""
-    family, tokens = counted["family"], counted["text_tokens"]
+    family = counted["family"]
     transformer = new_transformer(family, TINY[family], torch.device("cpu"), torch.float32)
     denoiser = denoiser_of(bare_pipeline(family, transformer))
-    conditioning = empty_conditioning(family, transformer.config, tokens, torch.ones)
+    conditioning = denoiser.conditioning(made_texts(denoiser, torch.ones), (64, 64), [None])
     counter, products = FlopCounterMode(display=False), sdpa_kernel(SDPBackend.MATH)
     with torch.no_grad(), counter, products:
         denoiser.output(torch.ones(1, latent_channels(denoiser), 8, 8), torch.ones(1), conditioning)

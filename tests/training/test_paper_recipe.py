@@ -1,5 +1,6 @@
 """The published recipe is what it says, whatever the defaults become."""
 
+import functools
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -15,17 +16,20 @@ from localctl.training.schedule import bound_steps, learning_rate_at
 from localctl.training.settings import ALIASES, FREE_GROUPS, TrainSettings, WandbConfig
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("paper_*.yaml"))
-# Settings that choose machine and images, not what is learned.
+# Settings that choose machine and images, not what is learned; or of transformers alone.
 FREE = {
     "base.vae", "base.revision", "base.variant", "base.dtype", "base.local_files_only", "overwrite_output_dir",
     "dry_run", "report_to", "dataloader_num_workers", "cpu_threads", "allow_tf32", "compile",
     "resume_from_checkpoint", "force_resume", "max_nonfinite_steps", "push_to_hub", "hub_model_id", "hub_private_repo",
     "hub_token",
+    "quantization", "offload_base", "flow_shift", "distilled_guidance", "max_sequence_length",
+    "adapter.token_width", "adapter.condition_space",
     *(f"wandb.{field.name}" for field in fields(WandbConfig)),
 }  # fmt: skip
 PINNED_DATA = {"data.resolution", "data.keep_latents", "data.center_crop", "data.random_flip"}
 
 
+@functools.cache
 def load(*argv, config_dir=CONFIG_DIR):
     return load_config(argv, TrainSettings, aliases=ALIASES, free_groups=FREE_GROUPS, config_dir=config_dir)
 

@@ -13,6 +13,7 @@ from localctl.diffusion import decode, posterior
 from localctl.losses import edge_loss, soft_edges
 from localctl.masks import MaskConfig
 from localctl.prompt_embeds import PromptEmbeds
+from localctl.training.halves import in_halves
 from localctl.training.models import load_models
 from localctl.training.step import StepNoise, sample_noise, training_step
 
@@ -272,6 +273,28 @@ def test_images_are_encoded_in_halves_without_gradients_and_as_alone(samples, mo
     whole = models.encode(batch, noise)
     assert sizes[2:] == [3]
     assert torch.allclose(latents, whole, rtol=0, atol=whole.abs().max().item() * rounding(depth(models.vae.encoder)))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_no_block_is_larger_than_asked_and_all_have_one_size(threads):
+    torch.set_num_threads(threads)
+    for count in range(1, 12):
+        rows = torch.arange(count, dtype=torch.float32)[:, None]
+        for most in (1, 2, 3, 5, 12):
+            sizes = []
+            found = in_halves(lambda block, sizes=sizes: sizes.append(len(block)) or block * 2, rows, most)
+            assert torch.equal(found, rows * 2)
+            assert len(set(sizes)) == 1 and sizes[0] <= most and sum(sizes) < count + sizes[0]
+            assert threads == 1 or count == 1 or len(sizes) > 1
+
+
+def test_a_cpu_encodes_large_images_in_blocks(samples, models, monkeypatch):
+    torch.set_num_threads(1)
+    batch = batch_of(samples, *((index, epoch) for index in range(3) for epoch in range(3)))
+    sizes, encode = [], models.vae.encode
+    monkeypatch.setattr(models.vae, "encode", lambda pixels: sizes.append(len(pixels)) or encode(pixels))
+    models.encode(batch, torch.zeros(9, *SHAPE))
+    assert sizes == [5, 5]  # 9 images of 128 px do not fit in a block
 
 
 def test_an_error_in_a_half_is_raised_and_threads_are_restored(samples, settings, models, monkeypatch):
