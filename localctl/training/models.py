@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +32,6 @@ from localctl.sampling_settings import Sampling
 from localctl.training.adapter_plan import plan_adapter
 from localctl.training.frozen import load_frozen
 from localctl.training.halves import in_halves
-from localctl.training.large_bases import keeping_weights
 from localctl.training.memo import MEMO_BYTES, Memo
 from localctl.training.settings import TrainSettings
 
@@ -59,7 +57,6 @@ class Models:
         self.prediction_type = self.denoiser.prediction_type
         self._scheduler, self._flow_shift = pipe.scheduler, flow_shift  # validation replaces the pipeline's
         self.num_train_timesteps = int(pipe.scheduler.config.num_train_timesteps)
-        self.offloaded = False  # the weights of the network wait in the host's memory
         self._tables: dict[tuple[int, int], Tensor] = {}
         if self.prediction_type != FLOW:
             check_schedule(pipe.scheduler.alphas_cumprod, self.prediction_type)
@@ -194,10 +191,8 @@ class Models:
     def output(self, noisy: Tensor, times: Tensor, conditioning: Conditioning, features: Sequence[Tensor]) -> Tensor:
         """Return the output (B,c,h,w) of the frozen denoiser for ``noisy`` (B,c,h,w), with the adapter's ``features``;
         both are converted to its dtype."""
-        with keeping_weights() if self.offloaded else nullcontext():
-            return self.denoiser.output(
-                noisy.to(self.dtype), times, conditioning, [feature.to(self.dtype) for feature in features]
-            )
+        residuals = [feature.to(self.dtype) for feature in features]
+        return self.denoiser.output(noisy.to(self.dtype), times, conditioning, residuals)
 
     def sampling(self, config: object) -> tuple[Sampling, dict[str, Any]]:
         """Return how to generate images by ``config``, whose ``guidance_scale`` is that of whatever guides the base,
@@ -236,7 +231,6 @@ def load_models(
         network: Any = denoiser_of(pipe).module
         network.enable_gradient_checkpointing()
     models = Models(pipe, adapter.train(), settings.flow_shift)
-    models.offloaded = settings.offload_base
     models.denoiser.text_length = settings.max_sequence_length
     if settings.distilled_guidance is not None:
         models.denoiser.distilled_guidance = settings.distilled_guidance
