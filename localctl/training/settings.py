@@ -82,7 +82,7 @@ class AdapterConfig:
     dim_condition: with mask_condition, a soft mask dims the condition, as published, instead of blanking it outside.
     level_weights: a factor of each level's features, finest first; null = all 1.
     unconditional_scale: factor of the features beside the negative prompt when images are generated, saved with the
-        adapter; null = the base's own.
+        adapter; 0 = control is stronger, the prompt weaker.
     """
 
     adapter_type: AdapterType | None = None
@@ -96,7 +96,7 @@ class AdapterConfig:
     mask_features: bool = True
     dim_condition: bool = False
     level_weights: tuple[Rate, ...] | None = None
-    unconditional_scale: Finite | None = None
+    unconditional_scale: Finite = 1.0
 
     def __post_init__(self) -> None:
         if self.dim_condition and not self.mask_condition:
@@ -279,9 +279,8 @@ class TrainSettings:
         """Take what null stands for from a base. Stored as numbers, so that a later default changes nothing."""
         if self.timestep_sampling is None:
             self.timestep_sampling = own.timestep_sampling
-        taken = {name: getattr(own, name) for name in ("mask_resize", "unconditional_scale")}
-        left = {name: value for name, value in taken.items() if getattr(self.adapter, name) is None}
-        self.adapter = replace(self.adapter, **left)
+        if self.adapter.mask_resize is None:
+            self.adapter = replace(self.adapter, mask_resize=own.mask_resize)
         seen, scored = self.validation, self.early_stopping
         self.validation = replace(seen, **_sampling(own, seen.guidance_scale, seen.scheduler))
         self.early_stopping = replace(scored, **_sampling(own, scored.guidance_scale, scored.scheduler))

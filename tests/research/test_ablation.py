@@ -297,12 +297,12 @@ def test_a_claim_is_met_missed_or_not_measured():
         rows = [made(f"{row}{s}", row, s, f1 + gain) for row, gain in gains.items() for s in range(3)]
         return claims_section(figures_of(base, *rows))[2:5]
 
-    term, defaults, mask = claims(cover_prompt=0.1, cover_edges_late_prompt=0.16, plain_prompt=0.14)
+    term, defaults, mask = claims(cover=0.1, cover_prompt=0.1, cover_edges_late_prompt=0.16, plain_prompt=0.14)
     assert (
         "local term: met (3 seeds).** cover + edges in the second half" in term and "F1 +0.060 [+0.060, +0.060]" in term
     )
     assert "The defaults: missed (3 seeds)." in defaults and "cost of the mask: met (3 seeds)." in mask
-    term, defaults, mask = claims(cover_prompt=0.2, cover_edges_late_prompt=0.24, plain_prompt=0.26)
+    term, defaults, mask = claims(cover=0.2, cover_prompt=0.2, cover_edges_late_prompt=0.24, plain_prompt=0.26)
     assert "local term: missed (3 seeds)." in term and "The defaults: met (3 seeds)." in defaults
     assert "cost of the mask: missed (3 seeds)." in mask
     assert all("not measured" in line for line in claims(feature_masked=0.1))
