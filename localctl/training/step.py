@@ -142,12 +142,7 @@ def _statistics(adapter: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
     found: list[tuple[Tensor, Tensor]] = []
 
     def look(module: nn.Module, arguments: Any, features: list[Tensor]) -> None:
-        for feature in features:
-            flat = feature.detach().float().flatten(1)
-            mean = flat.mean(dim=1)
-            found.append(
-                ((flat - mean[:, None]).square().mean(dim=1), mean)
-            )  # a CPU takes 5 times as long for var_mean
+        found.extend(torch.var_mean(feature.detach().float().flatten(1), dim=1, correction=0) for feature in features)
 
     hook = adapter.register_forward_hook(look)
     try:
