@@ -57,7 +57,7 @@ class Models:
         self.prediction_type = self.denoiser.prediction_type
         self._scheduler, self._flow_shift = pipe.scheduler, flow_shift  # validation replaces the pipeline's
         self.num_train_timesteps = int(pipe.scheduler.config.num_train_timesteps)
-        self._tables: dict[tuple[int, int], Tensor] = {}
+        self._tables: dict[tuple[tuple[int, int], bool], Tensor] = {}
         if self.prediction_type != FLOW:
             check_schedule(pipe.scheduler.alphas_cumprod, self.prediction_type)
         self._empty_text: PromptEmbeds | None = None
@@ -83,18 +83,18 @@ class Models:
         """Return (c, h, w) of the latents for images of this size in pixels."""
         return (latent_channels(self.vae), *latent_size(height, width, self.pipe.vae_scale_factor))
 
-    def noise_table(self, size: tuple[int, int]) -> Tensor:
+    def noise_table(self, size: tuple[int, int], *, on_host: bool = False) -> Tensor:
         """Return alphas_cumprod (T,), or sigma of flow matching at each timestep, for images of ``size`` (height,
         width)."""
-        if size not in self._tables:
+        if (size, on_host) not in self._tables:
             if self.prediction_type == FLOW:
                 shapes = self.denoiser.residual_shapes(self.latent_shape(*size)[1:])
                 shift = self._flow_shift or flow_shift(self._scheduler, math.prod(shapes[0][1:]))
                 table = flow_sigmas(self.num_train_timesteps, shift)
             else:
                 table = self._scheduler.alphas_cumprod.float()
-            self._tables[size] = table.to(self.device)
-        return self._tables[size]
+            self._tables[size, on_host] = table if on_host else send(table, self.device)
+        return self._tables[size, on_host]
 
     def keep_encodings(self, samples: int, size: tuple[int, int], *, images: bool) -> None:
         """Keep encodings in memory from now on: captions if those of ``samples`` fit in ``MEMO_BYTES``, and, with
