@@ -80,6 +80,7 @@ PLAIN_FROZEN = Variant("plain step, U-Net frozen", cached=False, plain=True, cha
 CACHED = Variant("cached")
 LIVE = Variant("live", cached=False)
 COMPILED = Variant("cached, compiled", settings={"compile": True})
+LIVE_COMPILED = Variant("live, compiled", cached=False, settings={"compile": True})
 CHANNELS_LAST_COMPILED = Variant(
     "cached, compiled, channels_last", settings={"compile": True}, change=partial(_in_format, torch.channels_last)
 )

@@ -36,8 +36,10 @@ from localctl.training.settings import TrainSettings
 from localctl.training.trackers import read_stats
 from research.benchmarks.steps import (
     CACHED,
+    COMPILED,
     CONTIGUOUS,
     LIVE,
+    LIVE_COMPILED,
     ONE_BY_ONE,
     PLAIN,
     PLAIN_FROZEN,
@@ -52,7 +54,8 @@ from research.layout_benchmark.cost import peak_memory, seconds
 
 PLAIN_KEPT = Variant("plain step, freed memory kept", cached=False, plain=True)
 RETURNED = Variant("cached, freed memory returned")
-STEPS = (PLAIN, PLAIN_KEPT, PLAIN_FROZEN, CACHED, LIVE, CONTIGUOUS, RETURNED, *WITHOUT, ONE_BY_ONE)
+COMPILING = (COMPILED, LIVE_COMPILED)  # minutes before their first step
+STEPS = (PLAIN, PLAIN_KEPT, PLAIN_FROZEN, CACHED, LIVE, *COMPILING, CONTIGUOUS, RETURNED, *WITHOUT, ONE_BY_ONE)
 VARIANTS = {variant.name: variant for variant in STEPS}
 CPU = torch.device("cpu")
 PROGRAM = (sys.executable, "-m", "research.benchmarks.train_step")
@@ -66,7 +69,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="besides the plain step")
+    add(
+        "--variants",
+        nargs="+",
+        choices=list(VARIANTS),
+        default=[variant.name for variant in STEPS if variant not in COMPILING],
+        help="besides the plain step",
+    )
     add("--batch", type=int, default=16)
     add("--rounds", type=int, default=8)
     add("--steps", type=int, default=1, help="of a variant in a round")
