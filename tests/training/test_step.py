@@ -185,7 +185,7 @@ def test_edges_are_compared_alike_from_a_cache(samples, settings, models):
     with torch.no_grad():
         live, ready = (training_step(one, models, edges, made).terms for one in (batch, cached(batch, models)))
     torch.testing.assert_close(ready.local, live.local, rtol=1e-4, atol=1e-6)
-    assert (live.local > 0).tolist() == [True, False, True]
+    assert live.local[1] == 0 and live.local[2] > 0  # t = 990 and 200
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
