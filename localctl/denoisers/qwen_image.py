@@ -95,10 +95,12 @@ class QwenImage(Packed):
     def conditioning(
         self, texts: PromptEmbeds, size: tuple[int, int], originals: Sequence[Original | None]
     ) -> Conditioning:
-        """Return the inputs, with the mask of padding."""
-        longest = texts.states.shape[1]
-        filled = texts.lengths is not None and any(length < longest for length in texts.lengths)
-        return Conditioning(texts.states, {_MASK: texts.mask(torch.bool) if filled else None}, 1.0)
+        """Return the inputs, with the mask of padding, which is no longer than the longest of these texts needs."""
+        assert texts.lengths is not None
+        longest = max(texts.lengths)
+        own = PromptEmbeds(texts.states[:, :longest], lengths=texts.lengths)
+        filled = min(texts.lengths) < longest
+        return Conditioning(own.states, {_MASK: own.mask(torch.bool) if filled else None}, 1.0)
 
     @torch.no_grad()
     def condition(

@@ -34,7 +34,7 @@ from localctl.training.settings import AdapterConfig, TrainSettings
 
 SIZES = {  # the image sides at which these bases were trained
     **{"sd15": 512, "sd21": 768, "sdxl": 1024},
-    **dict.fromkeys(("pixart", "sd3", "flux", "qwen_image", "z_image"), 1024),
+    **dict.fromkeys(("pixart", "sd3", "flux", "flux2", "qwen_image", "z_image"), 1024),
 }
 GIB = 2**30
 _HALF = ("fp16", "bf16")

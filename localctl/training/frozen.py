@@ -37,7 +37,7 @@ def load_frozen(
     offloaded = settings.offload_base and "transformer" not in without
     if settings.quantization is not None and "transformer" not in without:
         own = dtype or DTYPES[settings.base.dtype]
-        options["quantization_config"] = quantized(settings.quantization, own)
+        options["quantization_config"] = quantized(settings.quantization, own, device)
     with no_progress_bars():
         place = torch.device("cpu") if offloaded else device
         pipe = load_pipeline(settings.base, dtype=dtype, device=place, **options)

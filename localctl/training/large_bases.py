@@ -29,11 +29,19 @@ def check_package(quantization: Quantization) -> None:
         )
 
 
-def quantized(quantization: Quantization, dtype: torch.dtype) -> Any:
+def quantized(quantization: Quantization, dtype: torch.dtype, device: torch.device) -> Any:
     """Return diffusers' description of a pipeline whose transformer is quantised as it is loaded.
 
-    dtype: of everything that is not quantised, in which the products are computed.
+    dtype: of everything that is not quantised, in which the products are computed. ValueError for a dtype or a device
+    on which this kind does not work.
     """
+    if quantization == "torchao_int8" and dtype != torch.bfloat16:
+        raise ValueError(
+            f"quantization={quantization} computes in bfloat16, not in {str(dtype).removeprefix('torch.')}; set "
+            "base.dtype=bfloat16 or mixed_precision=bf16."
+        )
+    if quantization != "torchao_int8" and device.type == "cpu":
+        raise ValueError(f"quantization={quantization} needs a GPU; use torchao_int8 on a CPU, or leave it out.")
     from diffusers import BitsAndBytesConfig, PipelineQuantizationConfig, TorchAoConfig
 
     own: Any

@@ -152,7 +152,7 @@ def weights_fingerprint(parts: Mapping[str, Any]) -> str:
     for part in sorted(present):
         for name, parameter in parts[part].named_parameters():
             digest.update(f"{part}.{name}{tuple(parameter.shape)}".encode())
-            digest.update(as_bytes(parameter.detach().flatten()[:16].float()))
+            digest.update(as_bytes(_plain(parameter).flatten()[:16].float()))
     return digest.hexdigest()
 
 
@@ -310,11 +310,17 @@ def weights_digest(part: nn.Module) -> str:
     any changed value changes; and values from both ends and between, which exchanged values change."""
     digest = hashlib.sha256()
     for parameter in part.parameters():
-        flat = parameter.detach().flatten()
+        flat = _plain(parameter).flatten()
         digest.update(f"{tuple(parameter.shape)} {_sum_of_bits(flat)} ".encode())
         seen = [flat[:_ENDS], flat[:: max(1, flat.numel() // _SPREAD)], flat[-_ENDS:]]
         digest.update(as_bytes(torch.cat(seen).float()))
     return digest.hexdigest()
+
+
+def _plain(parameter: Tensor) -> Tensor:
+    """Return the values of a parameter; of one that torchao has quantised, those that its bits stand for."""
+    values = parameter.detach()
+    return values if type(values) in (Tensor, nn.Parameter) or values.dtype == torch.uint8 else values.dequantize()
 
 
 def _sum_of_bits(flat: Tensor) -> int:

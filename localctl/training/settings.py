@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
-from localctl.bases import BaseConfig, BaseSpec, defaults_of
+from localctl.bases import BaseConfig, BaseSpec, SchedulerName, defaults_of
 from localctl.data.config import DataConfig
 from localctl.records import Decay, Finite, NotNegative, Positive, Rate, Share, record
 from localctl.settings import (
@@ -281,14 +281,9 @@ class TrainSettings:
             self.timestep_sampling = own.timestep_sampling
         if self.adapter.mask_resize is None:
             self.adapter = replace(self.adapter, mask_resize=own.mask_resize)
-        self.validation, self.early_stopping = (
-            replace(
-                part,
-                guidance_scale=own.guidance_scale if part.guidance_scale is None else part.guidance_scale,
-                scheduler=part.scheduler or own.scheduler,
-            )
-            for part in (self.validation, self.early_stopping)
-        )
+        seen, scored = self.validation, self.early_stopping
+        self.validation = replace(seen, **_sampling(own, seen.guidance_scale, seen.scheduler))
+        self.early_stopping = replace(scored, **_sampling(own, scored.guidance_scale, scored.scheduler))
 
     def completed(self) -> TrainSettings:
         """Return the settings with the defaults of a base whose files had yet to be fetched."""
@@ -322,6 +317,12 @@ class TrainSettings:
         """Return ``max_train_steps``, which ``schedule.bound_steps`` computes from the size of the data."""
         assert self.max_train_steps is not None
         return self.max_train_steps
+
+
+def _sampling(own: BaseSpec, guidance_scale: float | None, scheduler: SchedulerName | None) -> dict[str, Any]:
+    """Return how to sample images, from a base where it is None."""
+    scale = own.guidance_scale if guidance_scale is None else guidance_scale
+    return {"guidance_scale": scale, "scheduler": scheduler or own.scheduler}
 
 
 def cores() -> int:

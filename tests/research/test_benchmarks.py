@@ -61,7 +61,7 @@ def weights_after(variant, prepared, folder):
     before = torch.cat([p.detach().flatten().clone() for p in steps.state.models.plain_adapter.parameters()])
     steps(2)  # the learning rate of the first one is 0
     after = torch.cat([p.detach().flatten() for p in steps.state.models.plain_adapter.parameters()])
-    unet = next(iter(steps.state.models.unet.parameters()))
+    unet = next(iter(steps.state.models.network.parameters()))
     steps.release()
     return before, after, unet
 

@@ -26,7 +26,17 @@ PARAMETERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", sorted(TABLE))
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("pixart", 610.9), ("sd3", 2243.2), ("flux", 11901.4), ("qwen_image", 20430.4), ("z_image", 6154.9)],
+)
+def test_the_table_of_bases_has_the_transformers_of_published_size(name, millions):
+    network = BaseShape(TABLE[name]).build("transformer")
+    assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+@pytest.mark.parametrize("name", sorted(PARAMETERS))
 def test_the_table_of_bases_has_their_published_numbers_of_parameters(name):
     shape = BaseShape(TABLE[name])
     counted = {part: sum(p.numel() for p in shape.build(part).parameters()) for part in shape.parts}

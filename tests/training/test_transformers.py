@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from families import FAMILIES, Family
 from file_data import write_imagefolder
 from training_helpers import loss_log
+from transformers import CLIPModel, CLIPTokenizer
 
 from localctl.adapter import LocalAdapter
-from localctl.bases import BASES, BaseConfig
+from localctl.bases import BASES, MICRO_WEIGHTS, BaseConfig
 from localctl.cli.cache import main as cache
 from localctl.cli.train import main as train
 from localctl.control.image_controls import LocalAdapterControl
@@ -24,6 +27,7 @@ from localctl.sampling import generate
 from localctl.training.cost import report
 from localctl.training.models import load_models
 from localctl.training.settings import AdapterConfig, TrainSettings
+from research.micro_base.transformer import new_pipeline, new_transformer
 
 pytest_plugins = ["families"]
 CPU = torch.device("cpu")
@@ -106,6 +110,20 @@ def test_a_cache_of_other_text_lengths_is_refused(
     assert cache(arguments(base, tmp_path, store, "num_workers=0", "max_sequence_length=8")) == 0
     assert train(arguments(base, tmp_path / "out", store)) == 2
     assert "tokens (8 in the cache, None here)" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_small_transformer_of_the_embedded_scenes_is_a_base(tmp_path: Path) -> None:
+    """Without T5, whose place may stay empty; its tokens are single latents."""
+    clip = CLIPModel.from_pretrained(MICRO_WEIGHTS / "clip")
+    vae = AutoencoderKL.from_pretrained(MICRO_WEIGHTS / "vae")
+    tokenizer = CLIPTokenizer.from_pretrained(MICRO_WEIGHTS / "tokenizer")
+    new_pipeline(vae, clip, tokenizer, new_transformer()).save_pretrained(tmp_path / "base")
+    seen = ("validation_steps=1", "validation.count=1", "validation.num_inference_steps=1", "max_sequence_length=0")
+    own = [one for one in arguments(tmp_path / "base", tmp_path / "out", *seen, steps=1) if "channels" not in one]
+    assert train(own) == 0
+    config = exported(tmp_path / "out").config
+    assert (config["downscale_factor"], list(config["channels"])) == (8, [160] * 6)
 
 
 def test_files_of_a_size_of_their_own_are_trained_on_and_long_captions_are_counted(
@@ -197,6 +215,9 @@ def test_gradients_are_the_same_with_checkpointing_and_with_weights_that_are_awa
     assert moves and len(plain) == len(again) == len(away)
     for first, second, third in zip(plain, again, away, strict=True):
         assert first.isfinite().all() and torch.equal(first, second) and torch.equal(first, third)
+    monkeypatch.setattr("localctl.training.models.keeping_weights", nullcontext)
+    lost = gradients(base, tmp_path, gradient_checkpointing=True, offload_base=True, **changes)
+    assert not all(gradient.isfinite().all() for gradient in lost)  # as it would be without what keeps weights
 
 
 def test_noise_levels_and_times_are_those_of_the_base(family_folders: Folders, tmp_path: Path) -> None:
