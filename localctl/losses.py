@@ -50,11 +50,16 @@ FILTERS: dict[str, Callable[[Tensor], Tensor] | None] = {  # of latents
 
 @dataclass(frozen=True)
 class EdgeTarget:
-    """What ``edges`` compares with. condition (B,1,H,W): of the kind ``config``, at the size of the decoded pixels."""
+    """What ``edges`` compares with.
+
+    condition (B,1,H,W): of the kind ``config``, at the size of the decoded pixels. rows (n,) int64: those with a
+    weight, on the device of the loss; None = look for them, for which the host waits for a GPU.
+    """
 
     condition: Tensor
     config: ConditionConfig
     decode: Decode
+    rows: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -78,9 +83,13 @@ class LossTerms:
         return self.denoising + self.local
 
 
-def schedule_weight(config: LossConfig, timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """Return w(t), (B,) float32, for ``timesteps`` (B,) int64; ``config.weight`` is not included."""
-    alpha_bar = gather_alpha_bar(alphas_cumprod, timesteps).float()
+def schedule_weight(
+    config: LossConfig, timesteps: Tensor, alphas_cumprod: Tensor, prediction_type: str = "epsilon"
+) -> Tensor:
+    """Return w(t), (B,) float32, for ``timesteps`` (B,) int64; ``config.weight`` is not included. alphas_cumprod (T,):
+    sigma with flow matching."""
+    table = flow_alpha_bar(alphas_cumprod) if prediction_type == FLOW else alphas_cumprod
+    alpha_bar = gather_alpha_bar(table, timesteps).float()
     if config.schedule == "step_unit":
         return ((timesteps >= config.t_min) & (timesteps <= config.t_max)).float()
     if config.schedule == "time_unit":
@@ -143,7 +152,7 @@ def edge_loss(edges: Tensor, wanted: Tensor, mask: Tensor, tolerances: Sequence[
 
 def _local_edges(predicted: Tensor, weight: Tensor, mask: Tensor, target: EdgeTarget, config: LossConfig) -> Tensor:
     """Return :func:`edge_loss` (B,) of the decoded ``predicted`` z0'; 0 where ``weight`` (B,) is 0, undecoded."""
-    rows = weight.nonzero()[:, 0]  # waits for a GPU, but decoding all rows would take longer
+    rows = weight.nonzero()[:, 0] if target.rows is None else target.rows
     found = predicted.new_zeros(len(predicted))
     if not len(rows):
         return found
@@ -209,8 +218,7 @@ def local_control_loss(
         if config.filter == "none":
             local_raw = local = torch.zeros_like(denoising)
         else:
-            table = flow_alpha_bar(alphas_cumprod) if prediction_type == FLOW else alphas_cumprod
-            scheduled = schedule_weight(config, sample.timesteps, table)
+            scheduled = schedule_weight(config, sample.timesteps, alphas_cumprod, prediction_type)
             edges = FILTERS.get(config.filter)
             if edges is None:
                 assert target is not None, "edges need a condition and a decoder"

@@ -187,11 +187,7 @@ def _add_size_flags(parser: argparse.ArgumentParser) -> None:
         "base's.",
     ).add_argument
     add("--resolution", type=size, metavar="SIZE", help="512 (a square) or WIDTHxHEIGHT such as 512x768")
-    add(
-        "--height",
-        type=int,
-        help="pixels, a multiple of 8 (16 on most transformers); alone, the width follows the image's aspect ratio",
-    )
+    add("--height", type=int, help="pixels, a multiple of 8 or 16; alone, the width follows the image's aspect ratio")
     add("--width", type=int, help="as --height")
 
 
@@ -237,10 +233,7 @@ def _add_start_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_base_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("base").add_argument
-    add(
-        "--base",
-        help=f"{', '.join(BASES)}, folder, file or hub id; default: the adapter's, or micro",
-    )
+    add("--base", help=f"{', '.join(BASES)}, folder, file or hub id; default: the adapter's, or micro")
     add("--vae", metavar="PLACE", help="another VAE: a diffusers folder or a hub id")
     add("--variant", help="variant of the base's files, such as fp16")
     add("--revision", help="revision of the base on the hub")

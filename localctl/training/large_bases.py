@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from localctl.settings import Quantization
 
@@ -58,7 +56,12 @@ def quantized(quantization: Quantization, dtype: torch.dtype, device: torch.devi
 
 def offload(pipe: Any, device: torch.device) -> None:
     """Move all parts but the transformer to ``device``; a block of that is there only while it is computed (diffusers'
-    group offloading)."""
+    group offloading).
+
+    With gradient checkpointing, a block is computed again for its gradients, and what is kept for them refers to its
+    weights where they are then. Of the few weights outside of the blocks, gradients need those of linear layers alone,
+    which are kept as views, and so stay.
+    """
     for part in pipe.components.values():
         if isinstance(part, nn.Module) and part is not pipe.transformer and not _is_absent(part):
             part.to(device)
@@ -68,18 +71,3 @@ def offload(pipe: Any, device: torch.device) -> None:
 
 def _is_absent(part: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in part.parameters())
-
-
-@contextmanager
-def keeping_weights() -> Iterator[None]:
-    """Within, what is kept for the gradients refers to the weights where they are now, not to where they are moved.
-
-    With gradient checkpointing, these are the few weights outside of the blocks; a block is computed, and so loaded,
-    again for its gradients.
-    """
-
-    def keep(tensor: Tensor) -> Tensor:
-        return tensor.detach() if isinstance(tensor, nn.Parameter) else tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        yield

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +32,6 @@ from localctl.sampling_settings import Sampling
 from localctl.training.adapter_plan import plan_adapter
 from localctl.training.frozen import load_frozen
 from localctl.training.halves import in_halves
-from localctl.training.large_bases import keeping_weights
 from localctl.training.memo import MEMO_BYTES, Memo
 from localctl.training.settings import TrainSettings
 
@@ -59,8 +57,7 @@ class Models:
         self.prediction_type = self.denoiser.prediction_type
         self._scheduler, self._flow_shift = pipe.scheduler, flow_shift  # validation replaces the pipeline's
         self.num_train_timesteps = int(pipe.scheduler.config.num_train_timesteps)
-        self.offloaded = False  # the weights of the network wait in the host's memory
-        self._tables: dict[tuple[int, int], Tensor] = {}
+        self._tables: dict[tuple[tuple[int, int], bool], Tensor] = {}
         if self.prediction_type != FLOW:
             check_schedule(pipe.scheduler.alphas_cumprod, self.prediction_type)
         self._empty_text: PromptEmbeds | None = None
@@ -86,18 +83,18 @@ class Models:
         """Return (c, h, w) of the latents for images of this size in pixels."""
         return (latent_channels(self.vae), *latent_size(height, width, self.pipe.vae_scale_factor))
 
-    def noise_table(self, size: tuple[int, int]) -> Tensor:
+    def noise_table(self, size: tuple[int, int], *, on_host: bool = False) -> Tensor:
         """Return alphas_cumprod (T,), or sigma of flow matching at each timestep, for images of ``size`` (height,
         width)."""
-        if size not in self._tables:
+        if (size, on_host) not in self._tables:
             if self.prediction_type == FLOW:
                 shapes = self.denoiser.residual_shapes(self.latent_shape(*size)[1:])
                 shift = self._flow_shift or flow_shift(self._scheduler, math.prod(shapes[0][1:]))
                 table = flow_sigmas(self.num_train_timesteps, shift)
             else:
                 table = self._scheduler.alphas_cumprod.float()
-            self._tables[size] = table.to(self.device)
-        return self._tables[size]
+            self._tables[size, on_host] = table if on_host else send(table, self.device)
+        return self._tables[size, on_host]
 
     def keep_encodings(self, samples: int, size: tuple[int, int], *, images: bool) -> None:
         """Keep encodings in memory from now on: captions if those of ``samples`` fit in ``MEMO_BYTES``, and, with
@@ -194,10 +191,8 @@ class Models:
     def output(self, noisy: Tensor, times: Tensor, conditioning: Conditioning, features: Sequence[Tensor]) -> Tensor:
         """Return the output (B,c,h,w) of the frozen denoiser for ``noisy`` (B,c,h,w), with the adapter's ``features``;
         both are converted to its dtype."""
-        with keeping_weights() if self.offloaded else nullcontext():
-            return self.denoiser.output(
-                noisy.to(self.dtype), times, conditioning, [feature.to(self.dtype) for feature in features]
-            )
+        residuals = [feature.to(self.dtype) for feature in features]
+        return self.denoiser.output(noisy.to(self.dtype), times, conditioning, residuals)
 
     def sampling(self, config: object) -> tuple[Sampling, dict[str, Any]]:
         """Return how to generate images by ``config``, whose ``guidance_scale`` is that of whatever guides the base,
@@ -236,7 +231,6 @@ def load_models(
         network: Any = denoiser_of(pipe).module
         network.enable_gradient_checkpointing()
     models = Models(pipe, adapter.train(), settings.flow_shift)
-    models.offloaded = settings.offload_base
     models.denoiser.text_length = settings.max_sequence_length
     if settings.distilled_guidance is not None:
         models.denoiser.distilled_guidance = settings.distilled_guidance

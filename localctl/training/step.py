@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from localctl.data.sample import Batch
-from localctl.denoisers.base import Conditioning
 from localctl.devices import send
 from localctl.diffusion import DiffusionSample, add_noise, decode, timesteps_from_uniform
-from localctl.losses import EdgeTarget, LossTerms, local_control_loss
+from localctl.losses import EdgeTarget, LossTerms, local_control_loss, schedule_weight
 from localctl.seeding import generator, noise
 from localctl.training.halves import mean_loss
 from localctl.training.models import Models
@@ -41,9 +40,9 @@ class StepNoise:
     empty_prompt: Tensor
 
     def to(self, device: torch.device | str) -> StepNoise:
-        """Move to ``device`` without waiting, except ``empty_prompt``: captions are chosen on the host."""
+        """Move the noise to ``device`` without waiting. Captions and timesteps are chosen on the host."""
         posterior, noise = send(torch.stack([self.posterior, self.noise]), device)
-        return StepNoise(posterior, noise, send(self.uniform, device), self.empty_prompt)
+        return StepNoise(posterior, noise, self.uniform, self.empty_prompt)
 
 
 def sample_noise(batch: Batch, latent_shape: tuple[int, int, int], settings: TrainSettings) -> StepNoise:
@@ -90,7 +89,7 @@ def training_step(batch: Batch, models: Models, settings: TrainSettings, sampled
     """
     latents = models.encode(batch, sampled.posterior)  # (B,c,h,w)
     assert settings.timestep_sampling is not None  # the settings have replaced null
-    timesteps = timesteps_from_uniform(
+    chosen = timesteps_from_uniform(
         sampled.uniform,
         models.num_train_timesteps,
         settings.timestep_sampling,
@@ -98,8 +97,10 @@ def training_step(batch: Batch, models: Models, settings: TrainSettings, sampled
         settings.logit_std,
         settings.timestep_range,
     )
+    timesteps = send(chosen, latents.device)
     height, width = batch.pixels.shape[-2:]
-    table = models.noise_table((height, width))
+    size = height, width
+    table = models.noise_table(size)
     sample = add_noise(latents, sampled.noise, timesteps, table, models.prediction_type)
     with _statistics(models.plain_adapter.adapter) as statistics:
         features = models.adapter(models.adapter_inputs(batch.condition, batch.mask))  # one (B,c_i,h_i,w_i) per level
@@ -108,31 +109,30 @@ def training_step(batch: Batch, models: Models, settings: TrainSettings, sampled
 
     def compute(rows: slice, some: list[Tensor]) -> LossTerms:
         part = DiffusionSample(latents[rows], sampled.noise[rows], sample.noisy[rows], timesteps[rows])
-        inputs = batch.condition[rows], batch.mask[rows]
-        return _loss_terms(models, settings, part, table, conditioning.rows(rows), inputs, some)
+        target = _edge_target(models, settings, batch.condition[rows], chosen[rows], size)
+        # In its own dtype throughout, as while sampling: autocast would keep some activations in float32.
+        with torch.autocast(latents.device.type, enabled=False):
+            output = models.output(
+                part.noisy, models.denoiser.times(part.timesteps, table), conditioning.rows(rows), some
+            )
+        mask = batch.mask[rows]
+        return local_control_loss(part, output, mask, table, models.prediction_type, settings.loss, target)
 
     whole = settings.compile or not models.denoiser.in_halves  # two threads would compile at once
     loss, terms = mean_loss(compute, features, whole=whole)
     return StepOutput(loss, terms, timesteps, feature_mean, feature_var)
 
 
-def _loss_terms(
-    models: Models,
-    settings: TrainSettings,
-    sample: DiffusionSample,
-    table: Tensor,
-    conditioning: Conditioning,
-    inputs: tuple[Tensor, Tensor],
-    features: list[Tensor],
-) -> LossTerms:
-    """Return the terms of a noised batch, by the ``table`` of its noise, whose denoiser takes ``conditioning`` and the
-    adapter's ``features`` of the ``inputs``, condition and mask."""
-    condition, mask = inputs
-    # In its own dtype throughout, as while sampling: autocast would keep some activations in float32.
-    with torch.autocast(mask.device.type, enabled=False):
-        output = models.output(sample.noisy, models.denoiser.times(sample.timesteps, table), conditioning, features)
-    target = EdgeTarget(condition, settings.condition, partial(decode, models.vae))
-    return local_control_loss(sample, output, mask, table, models.prediction_type, settings.loss, target)
+def _edge_target(
+    models: Models, settings: TrainSettings, condition: Tensor, timesteps: Tensor, size: tuple[int, int]
+) -> EdgeTarget | None:
+    """Return what ``loss=edges`` compares with, for ``timesteps`` on the host, which chooses the rows: it would wait
+    for those that a GPU finds. None for the other losses."""
+    if settings.loss.filter != "edges":
+        return None
+    table = models.noise_table(size, on_host=True)
+    rows = schedule_weight(settings.loss, timesteps, table, models.prediction_type).nonzero()[:, 0]
+    return EdgeTarget(condition, settings.condition, partial(decode, models.vae), send(rows, condition.device))
 
 
 @contextmanager

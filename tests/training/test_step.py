@@ -176,6 +176,18 @@ def cached(batch, models):
     return replace(batch, moments=torch.cat([mean, std], dim=1), texts=texts)
 
 
+def test_edges_are_compared_alike_from_a_cache(samples, settings, models):
+    """The decoder is used though nothing is encoded, and only where noise is low."""
+    loss = replace(settings.loss, **EDGES | {"schedule": "low_noise", "snr_min": 0.25})
+    edges = replace(settings, loss=loss, timestep_sampling="uniform")
+    batch = batch_of(samples, (0, 0), (1, 0), (2, 3))
+    made = replace(sample_noise(batch, SHAPE, settings), uniform=torch.tensor([0.1, 0.99, 0.2], dtype=torch.float64))
+    with torch.no_grad():
+        live, ready = (training_step(one, models, edges, made).terms for one in (batch, cached(batch, models)))
+    torch.testing.assert_close(ready.local, live.local, rtol=1e-4, atol=1e-6)
+    assert (live.local > 0).tolist() == [True, False, True]
+
+
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_what_was_encoded_before_is_not_encoded_again(kind, samples, request, tmp_path, monkeypatch):
     settings = tiny_settings(request.getfixturevalue(f"{kind}_folder"), tmp_path)

@@ -112,6 +112,13 @@ def test_no_step_waits(kind, kept, on_meta, request, tmp_path):
     assert train(busy_settings(request.getfixturevalue(f"{kind}_folder"), tmp_path, kept), steps=2) == []
 
 
+@pytest.mark.parametrize("schedule", ["constant", "low_noise"])
+def test_no_step_waits_for_the_rows_whose_edges_are_compared(schedule, on_meta, sd_folder, tmp_path):
+    settings = busy_settings(sd_folder, tmp_path, kept=False)
+    loss = replace(settings.loss, filter="edges", schedule=schedule, snr_min=0.1, normalise="mask")
+    assert train(replace(settings, loss=loss), steps=2) == []
+
+
 @pytest.mark.slow
 def test_a_hundred_steps_without_waiting(on_meta, sd_folder, tmp_path):
     assert train(busy_settings(sd_folder, tmp_path, kept=False), steps=STEPS) == []
