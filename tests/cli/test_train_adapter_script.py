@@ -54,4 +54,4 @@ def test_help(capsys):
     assert train_adapter.main(["--help"]) == 0
     out = capsys.readouterr().out
     assert "--resume_from_checkpoint" in out or "resume_from_checkpoint=" in out
-    assert "base=micro|sd15|sd21" in out
+    assert "base=flux|flux2|micro|" in out

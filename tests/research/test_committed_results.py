@@ -20,6 +20,7 @@ from research.ablation import __main__ as ablation
 from research.ablation.report import write_report as write_ablation
 from research.ablation.rows import BASE, Protocol
 from research.ablation.study import Ablation
+from research.bases import suits
 from research.flags import PAGES, RESULTS, results_of
 from research.harness import as_table, check_reader, reader_version
 from research.layout_benchmark import __main__ as layout_benchmark
@@ -76,7 +77,7 @@ def test_results_of_the_ablation(name: str, flags: str, tmp_path: Path) -> None:
 def test_results_of_the_layout_benchmark(tmp_path: Path) -> None:
     args = layout_benchmark.parse(["--report", "docs/layout_benchmark.md"])
     said = logged()
-    protocol = layout_benchmark.protocol_of(args, False, harness.suits(args.base).scheduler)
+    protocol = layout_benchmark.protocol_of(args, False, suits(args.base).scheduler)
     study = LayoutBenchmark(protocol, RESULTS / "layout_benchmark", tmp_path)
     chosen = [m for m in methods(args.methods, args.set, args.base) if study.file(m.name).is_file()]
     assert {"none", *GATES} <= {method.name for method in chosen}
