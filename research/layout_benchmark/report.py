@@ -95,7 +95,11 @@ def _base(figures: Figures) -> str:
 
 
 def _command(figures: Figures) -> str:
-    return COMMAND if figures.base == "micro" else f"{COMMAND} --base {figures.base}"
+    if figures.base == "micro":
+        return COMMAND
+    scale, names = figures.plain["asked"]["protocol"]["guidance_scale"], " ".join(figures.results)
+    asked = f"{COMMAND} --base {figures.base} --methods {names}"
+    return asked if scale is None else f"{asked} --guidance_scale {scale:g}"
 
 
 def _tuned(figures: Figures) -> Iterator[list[str]]:
@@ -291,4 +295,6 @@ def _names(figures: Figures) -> list[str]:
 def _generating(figures: Figures) -> str:
     protocol = figures.plain["asked"]["protocol"]
     seeds = ", ".join(map(str, protocol["seeds"]))
-    return f"seeds {seeds}, {protocol['scheduler']}, {protocol['num_inference_steps']} steps"
+    said = f"seeds {seeds}, {protocol['scheduler']}, {protocol['num_inference_steps']} steps"
+    scale = protocol["guidance_scale"]
+    return said if scale is None or figures.base == "micro" else f"{said}, guidance scale {scale:g}"
