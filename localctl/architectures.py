@@ -52,7 +52,7 @@ class BaseShape:
     """The configs of a base's parts: ``unet`` or ``transformer``, ``vae``, and its text encoders.
 
     from_table: whether they come from known_bases.yaml, as the files of the base are not here. index: its
-    ``model_index.json``, if they are.
+    ``model_index.json`` or, for a transformer whose files are not here, what is known of it.
     """
 
     parts: Mapping[str, Config]
@@ -108,7 +108,9 @@ def read_shape(base: BaseConfig) -> BaseShape:
     except LocalEntryNotFoundError as error:
         for name, parts in TABLE.items():
             if BASES[name].id_or_path == resolve_base(base.name, one_file=True).id_or_path:
-                return BaseShape(parts, from_table=True)
+                kinds = BASES[name].pipelines  # a U-Net's class follows from its config
+                index = {CLASS: kinds[0], "is_distilled": name == "flux2"} if kinds else {}
+                return BaseShape(parts, from_table=True, index=index)
         if base.local_files_only:
             raise not_loaded(base, error) from error
     except OSError as error:

@@ -266,6 +266,8 @@ class LossConfig:
                 "With loss.mask_denoising only the mask counts, so loss.masked_denoising_weight has no effect; leave "
                 "one of them out."
             )
+        if not self.denoising_weight and self.start:
+            raise ValueError("Before loss.start, only the denoising term counts, and its weight is 0; leave one out.")
         if not self.denoising_weight and (self.filter == "none" or not self.weight):
             raise ValueError("The loss is always 0; set loss.denoising_weight, or loss.filter and loss.weight.")
         if self.t_min > self.t_max:

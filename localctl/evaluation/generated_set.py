@@ -27,7 +27,9 @@ from diffusers import ControlNetModel
 
 from localctl.adapter import LocalAdapter
 from localctl.adapter_files import SavedAdapter, find_adapter
+from localctl.architectures import read_shape
 from localctl.data import Example, MaskedSamples, SampleRef, Source, open_data
+from localctl.denoisers.abilities import Abilities
 from localctl.distributed import process_device, processes
 from localctl.evaluation.provenance import read_json, versions, write_bytes, write_json, write_json_once
 from localctl.evaluation.settings import FidSettings
@@ -221,7 +223,7 @@ def claim(folder: Path, settings: FidSettings, name: str, adapter: SavedAdapter 
     if settings.controlnet is not None:
         content["weights_sha256"]["controlnet"] = sha256_of_folder(Path(settings.controlnet).expanduser())
     if settings.unconditional_scale is None:  # as a number, so that the set stays known when a default changes
-        guided = settings.guidance_scale is None or settings.guidance_scale > 1
+        guided = Abilities(settings.base, read_shape(settings.base)).guidance.is_on(settings)
         used = guided and settings.control_guidance_scale is None
         content["unconditional_scale"] = adapter.unconditional_scale if adapter is not None and used else 1.0
     content["versions"] = versions()

@@ -101,7 +101,7 @@ def suited(settings: FidSettings) -> tuple[FidSettings, str | None]:
     if settings.control_guidance_scale is not None:
         known.check_own_guidance()
     guided = known.guidance.is_on(settings)
-    if settings.unconditional_scale != 1 and not guided:
+    if settings.unconditional_scale not in (None, 1) and not guided:
         raise ValueError(
             f"unconditional_scale={settings.unconditional_scale:g} does nothing without guidance; "
             f"{known.guidance.way_on('')}, or leave it out."

@@ -31,7 +31,7 @@ _PLAIN = {
 _KNOWN = (
     *(*_PLAIN, "layout", "control", "set", "sweep", "compare", "init_image", "strength", "inpaint_mask"),
     *(f"use_{name}_sigmas" for name in SIGMAS),
-    *("weight", "start", "end"),  # of adapters; without one they do nothing
+    *("weight", "start", "end", "unconditional_scale"),  # of adapters; without one they do nothing
 )
 
 

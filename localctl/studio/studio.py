@@ -97,6 +97,8 @@ class Studio:
         encoded = tokenizer(text, return_offsets_mapping=True, truncation=False, verbose=False)
         spans = [(first, last) for first, last in encoded["offset_mapping"] if last > first]
         limit = None if self.abilities is None else self.abilities.tokens
+        if limit is not None and self.config.max_sequence_length is not None:
+            limit = max(1, self.config.max_sequence_length)
         return spans, tokenizer.model_max_length - 2 if limit is None else limit - 1  # start and end, or the end alone
 
     @cached_property

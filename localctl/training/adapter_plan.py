@@ -16,6 +16,7 @@ from localctl.architectures import BaseShape, read_shape
 from localctl.bases import lasting_name
 from localctl.control.compatible import check_fit
 from localctl.denoisers import bare_denoiser
+from localctl.denoisers.abilities import Abilities
 from localctl.denoisers.transformer import Transformer
 from localctl.diffusion import latent_channels
 from localctl.seeding import key_seed
@@ -86,14 +87,20 @@ def _latents(space: ConditionSpace | None, saved: SavedAdapter | None, shape: Ba
         )
     if not own and space != "latents":
         return {}
-    return {"latent_channels": latent_channels(shape.build("vae")), "latent_factor": shape.vae_scale_factor}
+    found = {"latent_channels": latent_channels(shape.build("vae")), "latent_factor": shape.vae_scale_factor}
+    if saved and own and own != found["latent_channels"]:
+        raise ValueError(
+            f"The adapter {saved.name} takes latents of {own} channels, but the base's VAE makes "
+            f"{found['latent_channels']}; use it on a base with the VAE that it was trained with."
+        )
+    return found
 
 
 def check_base_settings(settings: TrainSettings, shape: BaseShape) -> None:
     """Raise a ValueError for settings that would have no effect on a base of this shape."""
     denoiser = bare_denoiser(shape.build(shape.denoiser))
     transformer = isinstance(denoiser, Transformer)
-    distilled = shape.parts[shape.denoiser].get("guidance_embeds", False)
+    distilled = bool(getattr(denoiser.module.config, "guidance_embeds", False))
     for name, value, acts, which in (
         ("flow_shift", settings.flow_shift, denoiser.by_flow, "bases of flow matching"),
         ("distilled_guidance", settings.distilled_guidance, distilled, "bases that take it, such as FLUX.1 dev"),
@@ -105,6 +112,13 @@ def check_base_settings(settings: TrainSettings, shape: BaseShape) -> None:
     ):
         if value is not None and not acts:
             raise ValueError(f"{name}={value} is for {which}, and {settings.base.name} is none of these; leave it out.")
+    known = Abilities(settings.base, shape)
+    if settings.validation_steps:
+        known.scheduler(settings.validation.scheduler)
+        if settings.validation.control_guidance_scale is not None:
+            known.check_own_guidance()
+    if settings.early_stopping.every and settings.early_stopping.metric:
+        known.scheduler(settings.early_stopping.scheduler)
     if settings.quantization is not None:
         check_package(settings.quantization)
     if settings.compile and transformer:

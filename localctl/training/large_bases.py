@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from localctl.denoisers import bare_denoiser
 from localctl.settings import Quantization
 
 BYTES: dict[Quantization, float] = {  # of a weight, with its scales
@@ -67,6 +68,16 @@ def offload(pipe: Any, device: torch.device) -> None:
             part.to(device)
     options = {"onload_device": device, "offload_device": torch.device("cpu")}
     pipe.transformer.enable_group_offload(**options, offload_type="block_level", num_blocks_per_group=1)
+    resident: list[Any] = []
+
+    def leave(block: Any, _arguments: Any) -> None:
+        # Checkpointing stops a block that is computed again early, before the hook after it, which would offload it.
+        while resident:
+            resident.pop()._diffusers_hook.get_hook("group_offloading").group.offload_()
+        resident.append(block)
+
+    for _, block in bare_denoiser(pipe.transformer).blocks:
+        block.register_forward_pre_hook(leave)
 
 
 def _is_absent(part: nn.Module) -> bool:

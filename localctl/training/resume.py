@@ -39,7 +39,7 @@ FREE = {
     "base.vae": "as base.name",
     "adapter_model_name_or_path": "the weights before the first step",
     "adapter.unconditional_scale": "how images are generated; training does not use it",
-    "max_train_steps": "to train longer; learning rates that fall to the end follow the new length from there on",
+    "max_train_steps": "to train longer; learning rates that fall to the end, and loss.start, follow the new length",
     "num_train_epochs": "as max_train_steps",
     "early_stopping": "when to stop",
     "logging_steps": "what is recorded",
@@ -253,6 +253,10 @@ def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], *, force:
     if length[0] != length[1] and now["settings"]["lr_scheduler"] not in CONSTANT:
         logger.info(
             f"max_train_steps {length[0]} -> {length[1]}: the learning rate follows the new length from here on."
+        )
+    if length[0] != length[1] and (start := now["settings"]["loss"]["start"]):
+        logger.info(
+            f"max_train_steps {length[0]} -> {length[1]}: the local term begins after {start:.0%} of the new length."
         )
     lines = changes(before, now)
     if is_old(before):

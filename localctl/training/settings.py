@@ -287,7 +287,8 @@ class TrainSettings:
 
     def completed(self) -> TrainSettings:
         """Return the settings with the defaults of a base whose files had yet to be fetched."""
-        if self.timestep_sampling is not None and self.validation.scheduler is not None:
+        shown = [(part.guidance_scale, part.scheduler) for part in (self.validation, self.early_stopping)]
+        if None not in (self.timestep_sampling, self.adapter.mask_resize, *shown[0], *shown[1]):
             return self
         where = {"revision": self.base.revision, "local_files_only": self.base.local_files_only}
         found = replace(self)

@@ -205,6 +205,8 @@ def run(args: argparse.Namespace) -> str:
     found = [find(path) for path in args.adapter]
     args.base = base_of(args.base, found)
     adapters = {label_of(adapter.name): adapter.load() for adapter in found}
+    if len(adapters) < len(found):
+        raise ValueError("Two adapters have the same name in the table; give their paths from this folder.")
     own = suits(args.base)
     for name in ("guidance_scale", "scheduler"):
         if getattr(args, name) is None:

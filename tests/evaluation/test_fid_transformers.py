@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 from families import token_adapter
 
+from localctl.architectures import read_shape
+from localctl.bases import BASES, BaseConfig
 from localctl.cli import evaluate_fid
+from localctl.denoisers.abilities import Abilities
 from localctl.pipelines import load_pipeline
 
 pytest_plugins = ["evaluation_fixtures", "families"]
@@ -29,6 +32,31 @@ def test_a_set_is_generated_with_an_adapter(arguments: list[str], family_folders
     settings = json.loads((made / "settings.json").read_text())
     known = settings["guidance_scale"], settings["true_cfg_scale"], settings["max_sequence_length"]
     assert known == (None, 4.0, 64) and len(settings["weights_sha256"]["transformer"]) == 64
+
+
+def test_a_set_without_guidance_is_generated(arguments: list[str], family_folders: Folders, tmp_path: Path) -> None:
+    """FLUX.1 has one call a step; an adapter's own scale is recorded as 1, for it has no effect there."""
+    folder = family_folders("flux")
+    adapter = token_adapter(load_pipeline(str(folder)))
+    adapter.register_to_config(unconditional_scale=0.0)
+    adapter.save_pretrained(tmp_path / "adapter")
+    given = [*arguments, f"base={folder}", f"adapter={tmp_path / 'adapter'}", "num_images=2", "num_inference_steps=1"]
+    assert evaluate_fid.main(["gen", *given, "max_sequence_length=64"]) == 0
+    settings = json.loads((tmp_path / "fid" / "with_prompts" / "settings.json").read_text())
+    assert settings["unconditional_scale"] == 1.0
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "flux2", "qwen_image", "z_image", "pixart"])
+def test_a_known_base_is_asked_before_its_files_are_here(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    base = BaseConfig(name=name)
+    known = Abilities(base, read_shape(base))
+    assert known.shape.from_table and known.pipeline == BASES[name].pipelines[0]
+    assert "max_sequence_length" in known.arguments
+    by = {"flux": "true_cfg_scale", "qwen_image": "true_cfg_scale", "flux2": None}  # Klein 4B is distilled
+    assert known.guidance.by == by.get(name, "guidance_scale")
 
 
 @pytest.mark.parametrize(

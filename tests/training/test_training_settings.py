@@ -98,6 +98,7 @@ def test_settings_that_make_no_sense(changes, word):
         (lambda: AdapterConfig(mask_resize="bilinear"), "bilinear"),
         (lambda: LossConfig(filter="none", start=0.5), "loss.start is of a local term, and loss.filter=none has none"),
         (lambda: LossConfig(start=1.0), "loss.start"),
+        (lambda: LossConfig(denoising_weight=0.0, start=0.5), "Before loss.start, only the denoising term counts"),
         (lambda: ValidationConfig(scheduler="ddimm"), "ddimm"),
         (lambda: ValidationConfig(count=0), "validation.count"),
     ],
