@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from diffusers import FluxPipeline
 from torch import Tensor
 
 from localctl.denoisers.base import Arguments, Conditioning, argument
@@ -65,6 +64,8 @@ class Flux(Packed):
     def places(self, size: tuple[int, int], rows: int, conditioning: Conditioning) -> dict[str, Any]:
         """Return the places of the tokens of image and text."""
         text = conditioning.text
+        from diffusers import FluxPipeline  # only now: importing it chooses the image processors
+
         own = FluxPipeline._prepare_latent_image_ids(rows, *size, text.device, text.dtype)
         return {"img_ids": own, "txt_ids": text.new_zeros(text.shape[1], 3)}
 

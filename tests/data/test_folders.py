@@ -184,7 +184,7 @@ def test_a_folder_that_cannot_be_read_is_said(tmp_path, monkeypatch):
 
     def locked(original):
         def guarded(path="."):
-            if Path(path).name in ("masks", "001"):
+            if not isinstance(path, int) and Path(path).name in ("masks", "001"):
                 raise PermissionError(13, "Permission denied", str(path))
             return original(path)
 
