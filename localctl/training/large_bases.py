@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from localctl.denoisers import bare_denoiser
+from localctl.denoisers.transformer import Transformer
 from localctl.settings import Quantization
 
 BYTES: dict[Quantization, float] = {  # of a weight, with its scales
@@ -76,7 +77,9 @@ def offload(pipe: Any, device: torch.device) -> None:
             resident.pop()._diffusers_hook.get_hook("group_offloading").group.offload_()
         resident.append(block)
 
-    for _, block in bare_denoiser(pipe.transformer).blocks:
+    denoiser = bare_denoiser(pipe.transformer)
+    assert isinstance(denoiser, Transformer)
+    for _, block in denoiser.blocks:
         block.register_forward_pre_hook(leave)
 
 
