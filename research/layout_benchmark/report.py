@@ -97,7 +97,7 @@ def _base(figures: Figures) -> str:
 def _command(figures: Figures) -> str:
     if figures.base == "micro":
         return COMMAND
-    scale, names = figures.plain["asked"]["protocol"]["guidance_scale"], " ".join(figures.results)
+    scale, names = figures.plain["asked"]["protocol"].get("guidance_scale"), " ".join(figures.results)
     asked = f"{COMMAND} --base {figures.base} --methods {names}"
     return asked if scale is None else f"{asked} --guidance_scale {scale:g}"
 
@@ -296,5 +296,5 @@ def _generating(figures: Figures) -> str:
     protocol = figures.plain["asked"]["protocol"]
     seeds = ", ".join(map(str, protocol["seeds"]))
     said = f"seeds {seeds}, {protocol['scheduler']}, {protocol['num_inference_steps']} steps"
-    scale = protocol["guidance_scale"]
+    scale = protocol.get("guidance_scale")
     return said if scale is None or figures.base == "micro" else f"{said}, guidance scale {scale:g}"
