@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
+
+from localctl.denoisers.two_calls import replaced
 
 Arguments = Mapping[str, Any]
 
@@ -24,10 +25,9 @@ def wrapped(
 
     Both calls run inside the context manager that ``within`` returns for the arguments.
     """
-    method, own = getattr(instance, name), vars(instance).get(name)
+    method = getattr(instance, name)
     signature = inspect.signature(method)
 
-    @functools.wraps(method)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
@@ -35,14 +35,8 @@ def wrapped(
             before(bound.arguments)
             return method(*args, **kwargs)
 
-    setattr(instance, name, wrapper)
-    try:
+    with replaced(instance, name, wrapper):
         yield
-    finally:
-        if own is None:
-            delattr(instance, name)
-        else:
-            setattr(instance, name, own)
 
 
 @contextmanager

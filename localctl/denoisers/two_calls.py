@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import nn
@@ -65,16 +65,10 @@ class TwoCalls(Transformer):
 
 
 @contextmanager
-def noted(instance: Any, name: str, note: Callable[..., None]) -> Iterator[None]:
-    """Call ``note`` with the arguments of each call of a method, on this instance only."""
-    method, own = getattr(instance, name), vars(instance).get(name)
-
-    @functools.wraps(method)
-    def noting(*args: Any, **kwargs: Any) -> Any:
-        note(*args, **kwargs)
-        return method(*args, **kwargs)
-
-    setattr(instance, name, noting)
+def replaced(instance: Any, name: str, wrapper: Callable[..., Any]) -> Iterator[None]:
+    """Let ``wrapper`` stand for a method, on this instance only."""
+    own = vars(instance).get(name)
+    setattr(instance, name, functools.wraps(getattr(instance, name))(wrapper))
     try:
         yield
     finally:
@@ -82,3 +76,14 @@ def noted(instance: Any, name: str, note: Callable[..., None]) -> Iterator[None]
             delattr(instance, name)
         else:
             setattr(instance, name, own)
+
+
+def noted(instance: Any, name: str, note: Callable[..., None]) -> AbstractContextManager[None]:
+    """Call ``note`` with the arguments of each call of a method, on this instance only."""
+    method = getattr(instance, name)
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        note(*args, **kwargs)
+        return method(*args, **kwargs)
+
+    return replaced(instance, name, noting)
