@@ -56,7 +56,7 @@ def plain_warnings() -> Iterator[None]:
 @contextmanager
 def loading() -> Iterator[None]:
     """Context in which a terminal shows "loading ...": importing torch and diffusers takes seconds."""
-    visible = sys.stderr.isatty()
+    visible = sys.stderr.isatty() and _is_first_process()
     if visible:
         print("loading ...", end="", file=sys.stderr, flush=True)
     try:
@@ -89,7 +89,7 @@ class ScreenHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm  # programs that log nothing do not need it
 
-        if self._first_process_only and os.environ.get("RANK", "0") != "0":
+        if self._first_process_only and not _is_first_process():
             return
         try:
             (self._write or tqdm.write)(self.format(record))  # tqdm looks sys.stdout up now
@@ -131,6 +131,12 @@ def working(what: str, shown: bool = True) -> Iterator[None]:
 def fail(program: str, error: object) -> None:
     """Print on stderr the error with which ``program`` ends."""
     print(f"{_coloured(f'{program}:', _RED, sys.stderr)} {error}", file=sys.stderr)
+
+
+def _is_first_process() -> bool:
+    """Return whether this is the first process that torchrun started, or the only one. Programs that ask this may not
+    load torch yet."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _coloured(text: str, colour: str, stream: TextIO) -> str:

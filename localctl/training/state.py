@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from localctl.architectures import read_shape
-from localctl.distributed import Messages
+from localctl.distributed import Messages, processes
 from localctl.files import first_line, read_json, share_weights, write_json
 from localctl.training.checkpoints import CheckpointError, save_checkpoint
 from localctl.training.compilation import Compilation
@@ -222,15 +222,29 @@ class TrainState:
 
 
 def new_accelerator(settings: TrainSettings) -> Accelerator:
-    """Return the Accelerator for ``settings``. ValueError if the machine cannot do what they ask for."""
+    """Return the Accelerator for ``settings``. ValueError if the machine cannot do what they ask for, or if this
+    process would not train together with the others that were started with it."""
+    started = processes()[1]
     accelerator = Accelerator(
+        cpu=started > 1 and not _has_own_backend(),  # accelerate joins processes without GPUs only if asked to
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         mixed_precision=settings.mixed_precision,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
     )
+    if started > 1 and accelerator.num_processes == 1:
+        raise ValueError(
+            f"WORLD_SIZE={started} names {started} processes, but accelerate does not join this one to the others; "
+            "start them with torchrun, or unset WORLD_SIZE to train in one process."
+        )
     if accelerator.device.type == "cpu":
         set_cpu_threads(settings.cpu_threads, accelerator.num_processes, os.environ, launcher_environment())
     return accelerator
+
+
+def _has_own_backend() -> bool:
+    """Return whether this machine has devices among which accelerate joins processes; Apple's are none."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found is not None and found.type != "mps"
 
 
 def new_state(settings: TrainSettings, accelerator: Accelerator, without: Collection[str] = ()) -> TrainState:

@@ -49,11 +49,12 @@ def start(work: Callable[..., int | None], *arguments: Any, **environment: str) 
 
 
 def start_ranks(count: int, work: Callable[..., int | None], *arguments: Any) -> list[Any]:
-    """``count`` processes that know of each other as torchrun's would."""
+    """``count`` processes that know of each other as torchrun's would, on a machine without a GPU."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": ""}
+    common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), **place}
     return [start(work, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(count)]
 
 

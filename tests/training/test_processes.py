@@ -56,7 +56,7 @@ def test_two_processes_are_one(sd_folder, tmp_path, small):
     worker = Path(__file__).with_name("ddp_worker.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(worker)]
     paths = os.pathsep.join([str(Path(loop.__file__).parents[2]), str(worker.parents[1] / "helpers")])
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     result = subprocess.run(
         [*command, str(sd_folder), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=900
     )

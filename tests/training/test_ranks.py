@@ -1,19 +1,26 @@
-"""Several processes: one synchronisation of the gradients per update, and no waiting for a process that is gone."""
+"""Several processes: joined on CPUs too, with one voice; one synchronisation of the gradients per update; no waiting
+for a process that is gone."""
 
 from __future__ import annotations
 
 import os
 import signal
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import torch
 from ddp_worker import settings_for, small_pictures
 from process_helpers import finish, start_ranks
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from training_helpers import silent_run
 
+from localctl.adapter_files import find_adapter
+from localctl.cli import train
 from localctl.distributed import LostProcess, leave
 from localctl.training import data, loop
 from localctl.training.checkpoints import list_checkpoints
+from localctl.training.state import new_accelerator
+from localctl.training.trackers import read_stats
 
 UPDATES, ACCUMULATION = 3, 4
 
@@ -38,6 +45,41 @@ def count_synchronisations(base: Path, folder: Path) -> int:
 def test_gradients_are_synchronised_once_per_update(sd_folder, tmp_path):
     ranks = start_ranks(2, count_synchronisations, sd_folder, tmp_path)
     assert [finish(process) for process in ranks] == [UPDATES, UPDATES]
+
+
+def train_by_command(folder: Path) -> int:
+    """Run train_adapter.py as torchrun would; what it says goes to a file per process."""
+    arguments = ["experiment=quick", "train_batch_size=2", "max_train_steps=2", "validation_steps=0", "logging_steps=1"]
+    said = folder / f"said-{os.environ['RANK']}"
+    with said.open("w") as file, redirect_stdout(file), redirect_stderr(file):
+        return train.main([*arguments, f"output_dir={folder / 'run'}"])
+
+
+def test_processes_that_torchrun_starts_without_a_gpu_train_together_and_the_first_speaks(tmp_path):
+    assert [finish(process) for process in start_ranks(2, train_by_command, tmp_path)] == [0, 0]
+    first, second = ((tmp_path / f"said-{rank}").read_text() for rank in (0, 1))
+    assert "steps       to 2, 4 samples each, on cpu" in first and "2/2" in first and "Done: " in first
+    assert second == ""
+    assert find_adapter(str(tmp_path / "run")) is not None
+    assert [row["step"] for row in read_stats(tmp_path / "run")] == [1, 2]
+
+
+def unjoined(base: Path, folder: Path) -> int:
+    """Make the accelerator as on a machine with a GPU, without the variable by which accelerate knows a local rank."""
+    del os.environ["LOCAL_RANK"]
+    torch.accelerator.is_available = lambda: True
+    torch.accelerator.current_accelerator = lambda: torch.device("cuda")
+    try:
+        new_accelerator(settings_for(base, folder, "none", 1))
+    except ValueError as error:
+        (folder / "said").write_text(str(error))
+    return 0
+
+
+def test_a_process_that_is_not_joined_to_the_others_does_not_train(sd_folder, tmp_path):
+    [process] = start_ranks(2, unjoined, sd_folder, tmp_path)[:1]
+    assert finish(process) == 0
+    assert (tmp_path / "said").read_text().startswith("WORLD_SIZE=2 names 2 processes, but accelerate does not join")
 
 
 def killed_in_a_step(base: Path, folder: Path) -> int:
