@@ -5,7 +5,9 @@ A misfit is found before slow work.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import json
+import logging
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -20,11 +22,12 @@ from localctl.denoisers.abilities import Abilities
 from localctl.denoisers.transformer import Transformer
 from localctl.diffusion import latent_channels
 from localctl.seeding import key_seed
-from localctl.settings import ConditionSpace
+from localctl.settings import ConditionConfig, ConditionSpace
 from localctl.training.large_bases import check_package
-from localctl.training.settings import TrainSettings
+from localctl.training.settings import MASKING, AdapterConfig, TrainSettings
 
-OF_SETTINGS = ("mask_resize", "mask_condition", "mask_features", "dim_condition", "unconditional_scale")
+logger = logging.getLogger(__name__)
+OF_SETTINGS = ("mask_resize", *MASKING)
 TOKEN_LEVELS = 8  # blocks of a transformer that get a residual
 
 
@@ -53,11 +56,10 @@ def plan_adapter(settings: TrainSettings, shape: BaseShape | None = None) -> Ada
 
     shape: of the base; None = read it from the base's configs.
     """
-    wanted = asdict(settings.adapter)
-    saved = None
-    if settings.adapter_model_name_or_path is not None:
-        saved = find_adapter(settings.adapter_model_name_or_path, settings.base.local_files_only)
+    saved = _find(settings)
+    if saved is not None:
         _check_saved(settings, saved)
+    wanted = asdict(_masked(settings, saved))
     shape = shape or read_shape(settings.base)
     check_base_settings(settings, shape)
     fallback = saved.config if saved else _defaults(wanted["adapter_type"], shape)
@@ -75,6 +77,60 @@ def plan_adapter(settings: TrainSettings, shape: BaseShape | None = None) -> Ada
     check_fit(options, shape, f"the adapter {saved.place} belongs to another kind of base" if saved else way_out)
     options |= {"condition": settings.condition.recorded(), "base": lasting_name(settings.base.name)}
     return AdapterPlan(options, saved)
+
+
+def continued(settings: TrainSettings) -> TrainSettings:
+    """Return the settings with what they leave open of an adapter's masks and guidance as the adapter to continue from
+    has it. Log what they change of that adapter. ValueError if there is no such adapter."""
+    saved = _find(settings)
+    if saved is None:
+        return settings
+    settings = replace(settings, adapter=_masked(settings, saved))
+    before = _of(saved) | {"level_weights": saved.config.get("level_weights")} if saved.local else {}
+    was = {f"adapter.{name}": value for name, value in before.items()}
+    now = {f"adapter.{name}": value for name, value in asdict(settings.adapter).items()}
+    if saved.condition is not None:
+        alike = saved.condition.kind == settings.condition.kind  # else its options say nothing
+        was |= _condition(saved.condition, alike)
+        now |= _condition(settings.condition, alike)
+    for name, value in was.items():
+        if now.get(name) not in (None, value):
+            logger.info(f"{name}={_text(now[name])} from here on; the adapter {saved.name} has {_text(value)}.")
+    if note := saved.used_on(settings.base.name):
+        logger.info(note)
+    return settings
+
+
+def _condition(condition: ConditionConfig, with_options: bool) -> dict[str, Any]:
+    options = {f"condition.{name}": value for name, value in asdict(condition).items() if name != "kind"}
+    return {"condition": condition.kind} | (options if with_options else {})
+
+
+def _text(value: Any) -> str:
+    """Return a value as it is written in settings."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _find(settings: TrainSettings) -> SavedAdapter | None:
+    name = settings.adapter_model_name_or_path
+    return None if name is None else find_adapter(name, settings.base.local_files_only)
+
+
+def _masked(settings: TrainSettings, saved: SavedAdapter | None) -> AdapterConfig:
+    """Return the settings of the adapter, with those of ``OF_SETTINGS`` that are open as the saved one has them. A
+    plain T2IAdapter has none, and gets those of a new adapter."""
+    if saved is None:
+        return settings.adapter
+    if saved.local:
+        return settings.adapter.filled(**_of(saved))
+    return settings.adapter.filled(mask_resize=settings.base_defaults.mask_resize, **MASKING)
+
+
+def _of(saved: SavedAdapter) -> dict[str, Any]:
+    """Return ``OF_SETTINGS`` of a LocalAdapter; of an earlier version, some may be missing from its config."""
+    own = {name: saved.config.get(name) for name in OF_SETTINGS}
+    missing = {"mask_resize": "area", **MASKING}  # defaults of LocalAdapter
+    return {name: missing[name] if value is None else value for name, value in own.items()}
 
 
 def _latents(space: ConditionSpace | None, saved: SavedAdapter | None, shape: BaseShape) -> dict[str, int]:

@@ -23,6 +23,7 @@ from localctl.messages import working
 from localctl.pipelines import resolve_base
 from localctl.redaction import flat, recorded
 from localctl.signals import Interrupt, launcher
+from localctl.training.adapter_plan import continued
 from localctl.training.checkpoints import check_writable, read_manifest
 from localctl.training.data import DataWatch, batches_of, has_own_masks, next_batch, open_sources, shared_quarantine
 from localctl.training.encoded import EncodedSource, describe_encoded, not_needed, plain
@@ -73,7 +74,7 @@ def prepare(settings: TrainSettings, scorer: Scorer | None = None, parent: int |
         OSError: the disk cannot be read or written.
     """
     resolve_base(settings.base.name)
-    settings = settings.completed()
+    settings = continued(settings.completed())
     if settings.push_to_hub:
         check_hub(settings.hub_token)
     check_report_to(settings.report_to, asdict(settings.wandb))

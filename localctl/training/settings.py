@@ -56,6 +56,8 @@ ALIASES = {
     "tracker_project_name": "wandb.project",
 }
 FREE_GROUPS = {"base": "base.name", "data": "data.name"}
+# What null stands for in an adapter that continues no other one of ours.
+MASKING = {"mask_condition": False, "mask_features": True, "dim_condition": False, "unconditional_scale": 1.0}
 
 
 @record("adapter")
@@ -65,7 +67,7 @@ class AdapterConfig:
 
     null: as in the adapter to continue from, or else what fits the base: ``full_adapter`` for SD 1.x and 2.x,
     ``full_adapter_xl`` for SDXL, the U-Net's channels, 2 residual blocks, downscale factor 8 (SDXL: 16); a
-    ``token_adapter`` for transformers.
+    ``token_adapter`` for transformers; ``MASKING``.
 
     adapter_type: full_adapter, full_adapter_xl or light_adapter, or token_adapter for transformers; null = what fits
         the base.
@@ -77,12 +79,13 @@ class AdapterConfig:
     condition_space: how a token_adapter gets the condition, as pixels or as latents of the base's VAE; null = pixels.
     mask_resize: how the mask is resized to each feature map's grid: area, nearest, inside or cover; null = the base's
         own.
-    mask_condition: also blank the condition outside the mask.
-    mask_features: multiply every feature map by the mask; false = a plain T2I-Adapter.
-    dim_condition: with mask_condition, a soft mask dims the condition, as published, instead of blanking it outside.
+    mask_condition: also blank the condition outside the mask; null = false.
+    mask_features: multiply every feature map by the mask; false = a plain T2I-Adapter; null = true.
+    dim_condition: with mask_condition, a soft mask dims the condition, as published, instead of blanking it outside;
+        null = false.
     level_weights: a factor of each level's features, finest first; null = all 1.
     unconditional_scale: factor of the features beside the negative prompt when images are generated, saved with the
-        adapter; 0 = control is stronger, the prompt weaker.
+        adapter; 0 = control is stronger, the prompt weaker; null = 1.
     """
 
     adapter_type: AdapterType | None = None
@@ -92,19 +95,23 @@ class AdapterConfig:
     token_width: Positive | None = None
     condition_space: ConditionSpace | None = None
     mask_resize: MaskResize | None = None
-    mask_condition: bool = False
-    mask_features: bool = True
-    dim_condition: bool = False
+    mask_condition: bool | None = None
+    mask_features: bool | None = None
+    dim_condition: bool | None = None
     level_weights: tuple[Rate, ...] | None = None
-    unconditional_scale: Finite = 1.0
+    unconditional_scale: Finite | None = None
 
     def __post_init__(self) -> None:
-        if self.dim_condition and not self.mask_condition:
+        if self.dim_condition and self.mask_condition is False:
             raise ValueError(
                 "adapter.dim_condition has no effect unless the condition is masked; set adapter.mask_condition."
             )
         if self.level_weights is not None and not any(self.level_weights):
             raise ValueError("adapter.level_weights are all 0, so the adapter would have no effect; set one above 0.")
+
+    def filled(self, **values: Any) -> AdapterConfig:
+        """Return the settings with these in the place of null."""
+        return replace(self, **{name: value for name, value in values.items() if getattr(self, name) is None})
 
 
 @record()
@@ -264,6 +271,8 @@ class TrainSettings:
                 "offload_base=true moves weights away that gradients need, unless their block is computed again; set "
                 "gradient_checkpointing, too."
             )
+        if self.adapter_model_name_or_path is None:
+            self.adapter = self.adapter.filled(**MASKING)
         own = defaults_of(self.base.name, {"revision": self.base.revision, "local_files_only": True})
         if own is not None:
             self._take(own)
@@ -279,8 +288,8 @@ class TrainSettings:
         """Take what null stands for from a base. Stored as numbers, so that a later default changes nothing."""
         if self.timestep_sampling is None:
             self.timestep_sampling = own.timestep_sampling
-        if self.adapter.mask_resize is None:
-            self.adapter = replace(self.adapter, mask_resize=own.mask_resize)
+        if self.adapter_model_name_or_path is None:  # else that adapter decides (adapter_plan.continued)
+            self.adapter = self.adapter.filled(mask_resize=own.mask_resize)
         seen, scored = self.validation, self.early_stopping
         self.validation = replace(seen, **_sampling(own, seen.guidance_scale, seen.scheduler))
         self.early_stopping = replace(scored, **_sampling(own, scored.guidance_scale, scored.scheduler))
@@ -288,12 +297,18 @@ class TrainSettings:
     def completed(self) -> TrainSettings:
         """Return the settings with the defaults of a base whose files had yet to be fetched."""
         shown = [(part.guidance_scale, part.scheduler) for part in (self.validation, self.early_stopping)]
-        if None not in (self.timestep_sampling, self.adapter.mask_resize, *shown[0], *shown[1]):
+        masked = self.adapter.mask_resize or self.adapter_model_name_or_path
+        if None not in (self.timestep_sampling, masked, *shown[0], *shown[1]):
             return self
-        where = {"revision": self.base.revision, "local_files_only": self.base.local_files_only}
         found = replace(self)
-        found._take(defaults_of(self.base.name, where) or BaseSpec(self.base.name, self.base.name))
+        found._take(self.base_defaults)
         return found
+
+    @property
+    def base_defaults(self) -> BaseSpec:
+        """Return the defaults of the base, whose configs are fetched if they are not here."""
+        where = {"revision": self.base.revision, "local_files_only": self.base.local_files_only}
+        return defaults_of(self.base.name, where) or BaseSpec(self.base.name, self.base.name)
 
     @property
     def workers(self) -> int:

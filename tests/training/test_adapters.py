@@ -1,18 +1,22 @@
 """Continuing from adapters: ours, plain ones, and those that do not fit."""
 
+import re
+from dataclasses import asdict, replace
+
 import pytest
 import torch
 from diffusers import T2IAdapter
-from training_helpers import tiny_settings
+from log_helpers import logged
+from training_helpers import silent_run, tiny_settings
 
 from localctl.adapter import LocalAdapter
 from localctl.adapter_files import find_adapter
 from localctl.bases import BaseConfig
 from localctl.conditions import ConditionConfig
-from localctl.training.adapter_plan import plan_adapter
+from localctl.training.adapter_plan import continued, plan_adapter
 from localctl.training.models import load_models
 from localctl.training.resume import is_free
-from localctl.training.settings import AdapterConfig, TrainSettings
+from localctl.training.settings import MASKING, AdapterConfig, TrainSettings
 
 CPU = torch.device("cpu")
 
@@ -45,7 +49,45 @@ def test_continues_from_a_run_of_ours(make_adapter, sd_folder, tmp_path):
     for name in ("run", "run/adapter"):
         settings = tiny_settings(sd_folder, tmp_path, adapter_model_name_or_path=str(tmp_path / name))
         adapter = load_models(settings, CPU, None).plain_adapter
-        assert isinstance(adapter, LocalAdapter) and equal(adapter, saved) and adapter.config["mask_resize"] == "area"
+        assert isinstance(adapter, LocalAdapter) and equal(adapter, saved)
+        assert adapter.config["mask_resize"] == "inside"
+
+
+def test_what_is_left_open_is_as_in_the_adapter_to_continue_from(make_adapter, published, sd_folder, tmp_path):
+    own = {"mask_resize": "inside", "mask_condition": True, "dim_condition": True, "unconditional_scale": 0.0}
+    make_adapter(**own, condition=asdict(ConditionConfig(kind="sobel"))).save_pretrained(tmp_path / "run" / "adapter")
+
+    def adapter(name, **given):
+        options = {"condition": ConditionConfig(kind="sobel"), "adapter_model_name_or_path": str(tmp_path / name)}
+        return silent_run(tiny_settings(sd_folder, tmp_path / "new", max_train_steps=1, **(options | given)))
+
+    said = logged()
+    run = adapter("run")
+    assert {name: getattr(run.settings.adapter, name) for name in own} == own  # what checkpoints record
+    assert {name: run.state.models.plain_adapter.config[name] for name in own} == own
+    assert not [line for line in said if "from here on" in line]
+    run.folder.release()
+
+    changed = {"mask_resize": "nearest", "unconditional_scale": 1.0, "mask_features": False}
+    run = adapter("run", adapter=AdapterConfig(**changed), condition=ConditionConfig(kind="canny", low=10))
+    config = run.state.models.plain_adapter.config
+    assert {name: config[name] for name in own | changed} == own | changed
+    notes = "\n".join(line for line in said if "from here on" in line)
+    for line in (
+        "adapter.mask_resize=nearest from here on; the adapter .* has inside",
+        "adapter.mask_features=false from here on; the adapter .* has true",
+        "adapter.unconditional_scale=1.0 from here on; the adapter .* has 0.0",
+        "condition=canny from here on; the adapter .* has sobel",
+    ):
+        assert re.search(line, notes), line
+    assert len(notes.splitlines()) == 4
+    run.folder.release()
+    other = ConditionConfig(kind="sobel", channels_used="rgb")
+    continued(replace(run.settings, adapter=AdapterConfig(), condition=other))
+    assert re.search("condition.channels_used=rgb from here on; the adapter .* has gray", said[-1])
+
+    plain = adapter("published", adapter=AdapterConfig(unconditional_scale=0.5)).state.models.plain_adapter.config
+    assert (plain["mask_resize"], plain["mask_condition"], plain["unconditional_scale"]) == ("area", False, 0.5)
 
 
 def test_misfits_are_one_sentence_before_the_base_is_read(published, sd_folder, sdxl_folder, tmp_path, monkeypatch):
@@ -101,7 +143,7 @@ def test_an_adapter_takes_its_part_in_guidance_from_the_settings_and_its_masks_f
         return plan_adapter(tiny_settings(sd_folder, tmp_path, **options)).options["unconditional_scale"]
 
     assert scale() == 1 and scale(adapter=AdapterConfig(unconditional_scale=0.5)) == 0.5
-    assert TrainSettings().adapter.mask_resize == "cover"
+    assert asdict(TrainSettings().adapter) == asdict(AdapterConfig()) | {"mask_resize": "cover", **MASKING}
     assert TrainSettings(base=BaseConfig(name="sd15")).adapter.mask_resize == "area"
     assert is_free("adapter.unconditional_scale")  # a checkpoint without it can be resumed
 
