@@ -193,7 +193,9 @@ def _own(pipe: DiffusionPipeline, init: InitImage | None, sampling: Sampling) ->
     for name in ("true_cfg_scale", "max_sequence_length"):
         if getattr(sampling, name) is not None and name not in inspect.signature(type(pipe).__call__).parameters:
             raise ValueError(f"A {type(pipe).__name__} takes no {name}; leave it out.")
-    return {**(denoiser_of(pipe).own_arguments if init is None else {}), **sampling.arguments()}
+    denoiser = denoiser_of(pipe)
+    denoiser.check_text_length(denoiser.module.config, type(pipe).__name__, sampling.max_sequence_length, "")
+    return {**(denoiser.own_arguments if init is None else {}), **sampling.arguments()}
 
 
 def _as_numbers(

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from localctl.architectures import read_shape
 from localctl.caching.run import run_workers
 from localctl.caching.settings import CacheSettings
 from localctl.caching.workers import FACTS, PROBLEM, Work, rows_of
@@ -30,6 +31,7 @@ from localctl.data.bad_rows import Problem as DataProblem
 from localctl.data.files import FileSource
 from localctl.data.image_sizes import image_sizes
 from localctl.data.sample import Source
+from localctl.denoisers.abilities import Abilities
 from localctl.encodings.captions import captions_of_all
 from localctl.encodings.recipes import CONDITIONS, ENCODERS, IMAGES, TEXTS, Recipes
 from localctl.encodings.source import caption_id, content_of, files_of, image_ids
@@ -105,9 +107,11 @@ class Examples:
 
 
 def check_place(settings: TrainSettings) -> Path:
-    """Return the folder of the encodings. ValueError if the settings name none."""
+    """Return the folder of the encodings. ValueError if the settings name none, or more tokens than the base reads."""
     if settings.data.encodings_dir is None:
         raise ValueError("The encodings need a folder; pass --encodings_dir FOLDER, to this and to the training.")
+    if settings.max_sequence_length is not None:
+        Abilities(settings.base, read_shape(settings.base)).check_text_length(settings.max_sequence_length, "")
     return Path(settings.data.encodings_dir).expanduser().absolute()
 
 

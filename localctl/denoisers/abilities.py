@@ -21,7 +21,7 @@ from localctl.schedulers import check_seedable
 
 ONLY_UNETS = "on Stable Diffusion 1.x, 2.x and XL only"
 _UNET_ARGUMENTS = ("negative_prompt", "clip_skip", "guidance_rescale")
-_OF_THE_PIPELINE = (*_UNET_ARGUMENTS, "true_cfg_scale", "max_sequence_length")
+_OF_THE_PIPELINE = (*_UNET_ARGUMENTS, "true_cfg_scale")
 
 
 @dataclass(frozen=True)
@@ -136,13 +136,21 @@ class Abilities:
         ``flag``: what its name begins with, in the sentence.
         """
         for name in _OF_THE_PIPELINE:
-            value = getattr(settings, name, None)
-            if name not in self.arguments and value is not None and (value or name == "max_sequence_length"):
+            if name not in self.arguments and getattr(settings, name, None):
                 raise ValueError(f"A {self.pipeline} takes no {name}; leave {flag}{name} out.")
+        self.check_text_length(getattr(settings, "max_sequence_length", None), flag)
         if getattr(settings, "guidance_scale", None) is not None and self.guidance.scale is None:
             by_second = self.guidance.by == "true_cfg_scale"
             instead = f"give {flag}true_cfg_scale in place of it" if by_second else "leave it out"
             raise ValueError(f"The base {self.base.name} ignores {flag}guidance_scale; {instead}.")
+
+    def check_text_length(self, length: int | None, flag: str = "--") -> None:
+        """Raise a ValueError if its pipeline cannot read ``length`` tokens of a prompt; None: as many as by default."""
+        if length is None:
+            return
+        if "max_sequence_length" not in self.arguments:
+            raise ValueError(f"A {self.pipeline} takes no max_sequence_length; leave {flag}max_sequence_length out.")
+        self.family.check_text_length(self.config, self.pipeline, length, flag)
 
     @property
     def _tells_scale(self) -> bool:

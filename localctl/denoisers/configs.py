@@ -38,6 +38,7 @@ class Configured:
     name: ClassVar[str]  # used in messages
     guides_in_one_call: ClassVar[bool] = True  # negative + g (prompt - negative), from rows of one call
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)  # the first that a base has tells what is read of a prompt
+    most_tokens: ClassVar[int | None] = None  # that its pipelines let a prompt have; None: any number
     no_phrases: ClassVar[tuple[str, ...]] = ()  # pipelines in whose tokens phrases cannot be located
     latents_of_side: ClassVar[int | None] = None  # of images that the base was trained for; None: as its config says
 
@@ -57,6 +58,22 @@ class Configured:
     def multiple_of(cls, config: Mapping[str, Any], factor: int) -> int:
         """Return the pixels that height and width must be multiples of. ``factor``: pixels per latent."""
         return factor
+
+    @classmethod
+    def text_limit(cls, config: Mapping[str, Any]) -> int | None:
+        """Return the highest ``max_sequence_length`` that the pipelines of a base take; None: any."""
+        return cls.most_tokens
+
+    @classmethod
+    def check_text_length(cls, config: Mapping[str, Any], pipeline: str, length: int | None, flag: str = "--") -> None:
+        """Raise a ValueError if a pipeline of this class cannot read ``length`` tokens of a prompt. ``flag``: what
+        names of settings begin with."""
+        most = cls.text_limit(config)
+        if most is not None and length is not None and length > most:
+            raise ValueError(
+                f"{flag}max_sequence_length is {length}, but a {pipeline} reads at most {most} tokens of a prompt; "
+                "lower it."
+            )
 
     @classmethod
     def check_located(cls, pipeline: str) -> None:

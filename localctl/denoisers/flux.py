@@ -36,6 +36,7 @@ class Flux(Packed):
     )
     not_per_row: ClassVar[tuple[str, ...]] = ("img_ids", "txt_ids")
     tokenizers: ClassVar = ("tokenizer_2",)
+    most_tokens: ClassVar[int | None] = 512
     block_lists: ClassVar = ("transformer_blocks", "single_transformer_blocks")
 
     def __init__(self, module: Any, pipe: Any = None) -> None:

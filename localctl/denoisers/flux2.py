@@ -26,6 +26,7 @@ class Flux2(Flux):
     classes = ("Flux2Transformer2DModel",)
     order = ("hidden_states", "encoder_hidden_states", "timestep", "img_ids", "txt_ids")
     not_per_row = ()
+    most_tokens = None
     no_phrases, tokenizers = ("Flux2Pipeline",), ("tokenizer",)
 
     @classmethod

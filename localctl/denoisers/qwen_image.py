@@ -28,7 +28,7 @@ class QwenImage(Packed):
     classes = ("QwenImageTransformer2DModel",)
     order = ("hidden_states", "encoder_hidden_states", _MASK, "timestep", "img_shapes")
     not_per_row = ("img_shapes",)
-    longest_text = 1024
+    longest_text = most_tokens = 1024
     fills_texts = True
 
     @classmethod

@@ -30,7 +30,7 @@ class SD3(Transformer):
     order = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
     image_output = 1
     tokenizers = ("tokenizer_3", "tokenizer")
-    longest_text = 256
+    longest_text, most_tokens = 256, 512
     further_tokens = 77
 
     @classmethod

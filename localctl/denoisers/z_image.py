@@ -61,6 +61,12 @@ class ZImage(Transformer):
         """Return that of these pipelines, which is on above 0; bases in few steps are made for 0."""
         return Guidance(5.0, above=0.0)
 
+    @classmethod
+    def text_limit(cls, config: Mapping[str, Any]) -> int | None:
+        """Return how many filled up tokens there are places for, before the one of the image."""
+        places = config.get("axes_lens", (1024,))[0]  # the default of the transformer's class
+        return (places - 2) // _MULTIPLE * _MULTIPLE
+
     # Layers and grids
 
     @property

@@ -169,6 +169,7 @@ def check_base_settings(settings: TrainSettings, shape: BaseShape) -> None:
         if value is not None and not acts:
             raise ValueError(f"{name}={value} is for {which}, and {settings.base.name} is none of these; leave it out.")
     known = Abilities(settings.base, shape)
+    known.check_text_length(settings.max_sequence_length, "")
     if settings.validation_steps:
         known.scheduler(settings.validation.scheduler)
         if settings.validation.control_guidance_scale is not None:

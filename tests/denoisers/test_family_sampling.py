@@ -11,6 +11,7 @@ import pytest
 import torch
 from families import FAMILIES, PROMPT, SIDE, frozen
 
+from localctl.denoisers import family_of
 from localctl.image_to_image import InitImage
 from localctl.previews import LatentPreview
 from localctl.sampling import generate
@@ -49,3 +50,23 @@ def test_a_setting_that_a_pipeline_does_not_take_is_refused(load: Any, sd_pipe: 
         generate(load("z_image"), PROMPT, [], seeds=1, true_cfg_scale=2.0, height=SIDE, width=SIDE)
     with pytest.raises(ValueError, match="A StableDiffusionPipeline takes no max_sequence_length; leave it out"):
         generate(sd_pipe, PROMPT, [], seeds=1, max_sequence_length=8)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "qwen_image"])
+def test_the_most_tokens_of_a_prompt_are_those_that_the_pipeline_checks(load: Any, name: str) -> None:
+    pipe = load(name)
+    most = family_of(pipe.transformer.config).text_limit(pipe.transformer.config)
+    with pytest.raises(ValueError, match=f"`max_sequence_length` cannot be greater than {most} but is {most + 1}"):
+        pipe(PROMPT, height=SIDE, width=SIDE, max_sequence_length=most + 1)
+    with pytest.raises(ValueError, match=f"^max_sequence_length is {most + 1}, but a {type(pipe).__name__} reads at"):
+        generate(pipe, PROMPT, [], seeds=1, max_sequence_length=most + 1)
+
+
+def test_z_image_reads_as_many_tokens_as_it_has_places_for(load: Any) -> None:
+    transformer = load("z_image").transformer
+    config = transformer.config
+    image, most = torch.zeros(config.in_channels, 1, 4, 4), family_of(config).text_limit(config)
+    texts = [torch.zeros(length, config.cap_feat_dim) for length in (most, most + 1)]
+    assert transformer([image], torch.ones(1), texts[:1])[0][0].shape == image.shape
+    with pytest.raises(IndexError, match="out of bounds"):
+        transformer([image], torch.ones(1), texts[1:])

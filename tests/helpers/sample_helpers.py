@@ -38,6 +38,7 @@ def refused_early(
         raise AssertionError("the base was loaded")
 
     monkeypatch.setattr(localctl.jobs.generate, "load_pipeline", never)
+    capsys.readouterr()  # of building the base
     assert sample.main(argv) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("\n") == 1

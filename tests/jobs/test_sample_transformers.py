@@ -171,6 +171,8 @@ def test_a_size_is_the_base_s_or_a_multiple_of_its_tokens(here: Path, family_fol
         ("sd3", "--guidance_rescale 0.5", "A StableDiffusion3Pipeline takes no guidance_rescale"),
         ("sd3", "--true_cfg_scale 2", "A StableDiffusion3Pipeline takes no true_cfg_scale"),
         ("sd3", "--max_sequence_length=-1", "The max sequence length must be at least 0, not -1"),
+        ("flux", "--max_sequence_length 513", "is 513, but a FluxPipeline reads at most 512 tokens of a prompt; low"),
+        ("z_image", "--max_sequence_length 225", "is 225, but a ZImagePipeline reads at most 224 tokens"),
         ("sd3", "--clip_skip 2", "--clip_skip must be a whole number from 0 to 1 with this base, not 2"),
         ("qwen_image", "--guidance_scale 4", "ignores --guidance_scale; give --true_cfg_scale in place of it"),
         ("flux2", "--negative_prompt x", "A Flux2KleinPipeline takes no negative_prompt; leave --negative_prompt out"),

@@ -150,7 +150,9 @@ def test_the_prompt_is_marked_by_the_tokens_that_are_read(family_folders: Folder
 def test_addons_that_do_not_act_are_refused_before_the_server_starts(family_folders: Folders) -> None:
     with pytest.raises(ValueError, match="A StableDiffusionPipeline takes no max_sequence_length"):
         StudioConfig(max_sequence_length=8).check_places()
-    StudioConfig(base=str(family_folders("sd3")), max_sequence_length=8).check_places()
+    StudioConfig(base=str(family_folders("sd3")), max_sequence_length=512).check_places()
+    with pytest.raises(ValueError, match="--max_sequence_length is 513, but a StableDiffusion3Pipeline reads at most"):
+        StudioConfig(base=str(family_folders("sd3")), max_sequence_length=513).check_places()
     config = StudioConfig(base=str(family_folders("sd3")), lora=["style.safetensors"])
     with pytest.raises(
         ValueError, match="--lora: LoRAs are loaded on Stable Diffusion 1.x, 2.x and XL only, not on a SD3"

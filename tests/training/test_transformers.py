@@ -111,6 +111,8 @@ def test_a_cache_of_other_text_lengths_is_refused(
     assert cache(arguments(base, tmp_path, store, "num_workers=0", "max_sequence_length=8")) == 0
     assert train(arguments(base, tmp_path / "out", store)) == 2
     assert "tokens (8 in the cache, None here)" in capsys.readouterr().err
+    assert cache(arguments(base, tmp_path, store, "num_workers=0", "max_sequence_length=513")) == 2
+    assert "max_sequence_length is 513, but a StableDiffusion3Pipeline reads" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -301,6 +303,7 @@ def test_the_cost_of_flux_is_counted_without_weights() -> None:
         (["distilled_guidance=3"], "distilled_guidance=3.0 is for bases that take it"),
         (["offload_base=true"], "set gradient_checkpointing, too"),
         (["validation_steps=1", "validation.scheduler=dpmpp_2m"], "which the scheduler dpmpp_2m is not for"),
+        (["max_sequence_length=513"], "max_sequence_length is 513, but a StableDiffusion3Pipeline reads at most 512"),
         (["adapter.downscale_factor=8"], "but the base's SD3 transformer takes"),
         (["adapter.condition_space=latents", "adapter.mask_condition=true"], "mask_condition blanks pixels"),
     ],
