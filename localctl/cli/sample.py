@@ -173,6 +173,8 @@ def _add_region_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--layout_seed", type=int, help="with --layout auto: sample layouts; default: the most likely")
     names_of = ("--predictor", "--layout_predictor")
     group.add_argument(*names_of, metavar="DIR", help="with --layout auto: your own layout predictor")
+    text = "negative prompts of regions act (default); false: they do nothing, as in records of earlier versions"
+    group.add_argument("--region_negatives", type=boolean, nargs="?", const=True, metavar="BOOL", help=text)
     add("--control", metavar="NAME", help=f"{names}, or several; default: bias")
     add("--set", metavar="NAME=VALUE", help="settings of the controls, such as strength=0.6")
     add("--sweep", metavar="NAME=V,V", help="vary one or two settings: a labelled grid per image")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import diffusers
 
 from localctl.control.latents import check_shiftable_kind
+from localctl.control.negative_prompts import NegativePrompts
 from localctl.control.presets import CONTROLS
 from localctl.denoisers.abilities import ONLY_UNETS, Abilities
 from localctl.image_to_image import check_task
@@ -70,6 +71,12 @@ def _check_controls(
             raise ValueError(
                 f"spacetime_optimized optimises weights through DDIM or PNDM, and a {base.pipeline} samples by flow "
                 "matching; use spacetime."
+            )
+        guided = base.guidance.is_on(Sampling.of(options).over(variant.sampling).over(base.sampling))
+        if not guided and any(isinstance(control, NegativePrompts) for control in variant.controls):
+            raise ValueError(
+                f"Negative prompts of regions do nothing without guidance; {base.guidance.way_on()}, or leave them out "
+                "with --region_negatives false."
             )
         if names and phrases:
             base.family.check_located(base.pipeline)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from localctl import __version__
 from localctl.files import first_line, parse_json, read_object, sha256, write_bytes
-from localctl.jobs.settings import HERE, INPUTS, PLACES, checked_settings, names_file
+from localctl.jobs.settings import HERE, INPUTS, PLACES, checked_settings, earlier_regions, names_file
 from localctl.sizes import shown
 
 KEY = "localctl"  # of the text chunk
@@ -185,6 +185,7 @@ def settings_in(record: Record, folder: Path, given: Container[str] = ()) -> dic
         if name in INPUTS:
             raise ValueError(f"The image does not hold its {name}, {shown(value)}; give --{name}.")
     settings = checked_settings(unpack(record, folder), "The record in the image")
+    settings |= earlier_regions(record["options"])
     for name in PLACES:
         if name not in given and _without_folders(settings.get(name) or "")[1]:
             raise ValueError(

@@ -33,7 +33,7 @@ from localctl.jobs.inputs import (
 )
 from localctl.jobs.settings import AUTO, SampleSettings
 from localctl.jobs.starts import SecondPass, check_save_steps, fit_init, read_init, second_size
-from localctl.jobs.variants import Variant, load_layouts, optimized_controls, plan
+from localctl.jobs.variants import Variant, has_negatives, load_layouts, optimized_controls, plan, with_negatives
 from localctl.layout import Layout, texts_of
 from localctl.pipelines import BaseConfig, resolve_base
 from localctl.prompt_syntax import warn_of_syntax
@@ -87,6 +87,9 @@ def prepare(options: SampleSettings) -> Job:
     saved = [find_adapter(path, bool(options.local_files_only)) for path in options.adapter or ()]
     base = _base_config(options, saved)
     variants = plan(options, base.name)
+    if has_negatives(layouts):
+        variants, ignored = with_negatives(variants, options)
+        notes += ignored
     shape = read_shape(base)
     known = Abilities(base, shape)
     _check_prompts(options, layouts, known)
@@ -96,8 +99,6 @@ def prepare(options: SampleSettings) -> Job:
     check_addons(found, shape, layouts or [Layout(prompt) for prompt in options.prompt or ()], options.negative_prompt)
     sources, of_nets = read_sources(options, saved), controlnet_sources(options, found)
     init = read_init(options, variants)
-    if any(region.negative_prompt for layout in layouts for region in layout.regions):
-        notes.append("Negative prompts of regions do nothing here; they act in Python, by the control NegativePrompts.")
     notes += [note for adapter in saved if (note := check_base(adapter, base.name, shape))]
     notes += _check_sampling(options, variants, known)
     options.unconditional_scale = options.unconditional_scale or _own_scales(options, saved, known.guidance)

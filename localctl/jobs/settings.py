@@ -109,6 +109,7 @@ class SampleSettings:
     layout: _Texts = None
     color: _Texts = None
     layout_seed: _Whole | None = None
+    region_negatives: bool = True
     predictor: _Text | None = None
     control: _Texts = None
     set: _Texts = None
@@ -171,10 +172,17 @@ def read_record(path: Path) -> dict[str, Any]:
     settings = checked_settings(options, f"The record {path}")
     if "prompt_weighting" not in options:  # of an earlier version, which read marks as text
         settings["prompt_weighting"] = False
+    settings |= earlier_regions(options)
     for name in INPUTS:
         if name in settings:
             settings[name] = [str(path.parent / item) if names_file(item) else item for item in settings[name]]
     return settings
+
+
+def earlier_regions(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a record of a layout lacks if it is of a version in which the negative prompts of
+    regions did nothing."""
+    return {"region_negatives": False} if options.get("layout") and "region_negatives" not in options else {}
 
 
 def checked_settings(options: Mapping[str, Any], what: str) -> dict[str, Any]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from localctl.control.base import Control
+from localctl.control.negative_prompts import NegativePrompts
 from localctl.control.presets import (
     CONTROLS,
     NONE,
@@ -45,6 +46,22 @@ def optimized_controls(variant: Variant) -> list[Any]:
     return [control for control in variant.controls if CONTROLS.name_of(type(control)) == "spacetime_optimized"]
 
 
+def has_negatives(layouts: Sequence[Layout]) -> bool:
+    """Return whether a region of the layouts has a negative prompt."""
+    return any(region.negative_prompt for layout in layouts for region in layout.regions)
+
+
+def with_negatives(variants: list[Variant], options: SampleSettings) -> tuple[list[Variant], list[str]]:
+    """Return the variants with the negative prompts of regions, but for those without any control of regions; and a
+    note where the options leave these prompts out."""
+    if not options.region_negatives:
+        return variants, ["Negative prompts of regions do nothing with --region_negatives false."]
+    return [
+        replace(variant, controls=(*variant.controls, NegativePrompts())) if variant.controls else variant
+        for variant in variants
+    ], []
+
+
 def load_layouts(options: SampleSettings) -> list[Layout]:
     """Load or predict the layouts; none without ``--layout``. ValueError for flags that exclude each other, or a file
     that is not a layout."""
@@ -53,6 +70,8 @@ def load_layouts(options: SampleSettings) -> list[Layout]:
             value = getattr(options, name)
             if value is not None and not (name == "control" and value == [NONE]):
                 raise ValueError(f"--{name} needs a layout with regions; give --layout.")
+        if not options.region_negatives:
+            raise ValueError("--region_negatives needs a layout with regions; give --layout.")
         return []
     if AUTO in options.layout:
         return _predict_layouts(options)

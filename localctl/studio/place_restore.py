@@ -8,7 +8,7 @@ from typing import Any
 from localctl.bases import SIGMAS
 from localctl.control.presets import NONE, control_names, setting_of
 from localctl.images import load_image
-from localctl.jobs.variants import COMPARED_ALL
+from localctl.jobs.variants import COMPARED_ALL, has_negatives
 from localctl.layout import Layout
 from localctl.layout_io import load_layout
 from localctl.masks import load_mask, mask_to_pil
@@ -67,6 +67,11 @@ def _scene(options: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
     if not layouts:
         return {"prompt": prompts[0], "scene": canvas_value(own)}
     layout = load_layout(layouts[0])
+    if options.get("region_negatives") is False and has_negatives([layout]):
+        raise ValueError(
+            "The image was made without the negative prompts of its regions, which act on the page; repeat it with "
+            "sample.py --from_json."
+        )
     return {"prompt": layout.prompt, "scene": scene_of(layout, own), "overlap": layout.overlap}
 
 

@@ -54,6 +54,10 @@ def test_an_image_alone_repeats_its_run(inputs: Path) -> None:
     expected = pixels("out")
     names = {str(read_embedded(path)["image"]) for path in Path("out").glob("*_seed*.png")}
     assert names == set(expected) and "files" in read_embedded(Path("out/compare.png"))
+    record = read_embedded(Path("out/00_seed1_bias.png"))
+    assert settings_in(record, Path("new"))["region_negatives"] is True
+    del record["options"]["region_negatives"]  # as earlier versions wrote it
+    assert settings_in(record, Path("old"))["region_negatives"] is False
     Path("out/00_seed1_bias.png").rename("shared.png")
     for name in ("scene.json", "photo.png", "left.png"):
         Path(name).unlink()

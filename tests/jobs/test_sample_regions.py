@@ -20,6 +20,7 @@ from localctl.cli import sample
 from localctl.cli.sample import parse
 from localctl.control.dense import DenseModulation
 from localctl.control.layout_guidance import LayoutGuidance
+from localctl.control.negative_prompts import NegativePrompts
 from localctl.control.presets import PRESETS
 from localctl.control.region_bias import RegionBias
 from localctl.control.spacetime import SpaceTimeAttention
@@ -98,6 +99,36 @@ def test_a_comparison_generates_with_every_control_and_its_record_repeats_it(
     monkeypatch.chdir(workspace / "elsewhere")
     assert sample.main(["--from_json", "../moved/sample.json", "--output_dir", "again"]) == 0
     assert_same(pixels("again"), images)
+
+
+def test_the_negative_prompt_of_a_region_acts_and_not_in_records_of_before(
+    workspace: Path, assert_refused_early: Callable[[list[str], str], None]
+) -> None:
+    regions = [{**SCENE["regions"][0], "negative_prompt": "dogs"}, SCENE["regions"][1]]
+    Path("scene.json").write_text(json.dumps({**SCENE, "regions": regions}))
+    assert sample.main([*BASIC, "--compare", "bias", "none", "--seeds", "3", "--output_dir", "out"]) == 0
+    pipe, made = localctl.pipelines.load_pipeline("base"), pixels("out")
+
+    def images(*controls: Any) -> Any:
+        call: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 7.5}
+        return np.asarray(generate(pipe, load_layout("scene.json"), controls, 3, **call).images[0])
+
+    avoiding, earlier, plain = images(RegionBias(), NegativePrompts()), images(RegionBias()), images()
+    assert not np.array_equal(avoiding, earlier)
+    assert_same(made, {"00_seed3_bias.png": avoiding, "00_seed3_none.png": plain})
+    assert sample.main(["--from_json", "out/sample.json", "--output_dir", "again"]) == 0
+    assert_same(pixels("again"), made)
+
+    record = json.loads(Path("out/sample.json").read_text())
+    del record["options"]["region_negatives"]  # as earlier versions wrote it
+    Path("out/sample.json").write_text(json.dumps(record))
+    assert sample.main(["--from_json", "out/sample.json", "--output_dir", "before"]) == 0
+    assert_same(pixels("before"), {"00_seed3_bias.png": earlier, "00_seed3_none.png": plain})
+    job = prepare(parse([*BASIC, "--region_negatives", "false"]))
+    assert job.notes == ["Negative prompts of regions do nothing with --region_negatives false."]
+    unguided = "Negative prompts of regions do nothing without guidance; give a --guidance_scale above 1, or leave them"
+    assert_refused_early([*BASIC, "--guidance_scale", "1"], unguided)
+    assert prepare(parse([*BASIC, "--guidance_scale", "1", "--control", "none"])).notes == []
 
 
 def test_a_sweep_is_a_labelled_grid_with_nothing_at_zero(workspace: Path) -> None:
@@ -246,6 +277,8 @@ def test_flags_of_regions_need_a_layout(workspace: Path, capsys: pytest.CaptureF
     for more in ([], ["--adapter", "any"]):
         assert sample.main(["--prompt", "a cat", *more, "--compare", "all"]) == 2
         assert "--compare needs a layout with regions; give --layout" in capsys.readouterr().err
+    assert sample.main(["--prompt", "a cat", "--region_negatives", "false"]) == 2
+    assert "--region_negatives needs a layout with regions; give --layout" in capsys.readouterr().err
 
 
 def test_a_layout_without_a_size_takes_that_of_the_flags(workspace: Path) -> None:

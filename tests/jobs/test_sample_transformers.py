@@ -40,6 +40,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a scene, a photo and a mask of its left half."""
     monkeypatch.chdir(tmp_path)
     Path("scene.json").write_text(json.dumps(SCENE))
+    avoiding = [{**region, "negative_prompt": "dogs"} for region in SCENE["regions"]]
+    Path("avoiding.json").write_text(json.dumps({**SCENE, "regions": avoiding}))
     cells = np.random.default_rng(0).integers(0, 256, (4, 4, 3))
     Image.fromarray(np.kron(cells, np.ones((SIDE // 4, SIDE // 4, 1))).astype(np.uint8)).save("photo.png")
     Image.fromarray(np.kron([[255, 0]], np.ones((SIDE, SIDE // 2))).astype(np.uint8)).save("mask.png")
@@ -179,6 +181,7 @@ def test_a_size_is_the_base_s_or_a_multiple_of_its_tokens(here: Path, family_fol
         ("pixart", "--init_image photo.png", "has no image-to-image pipeline beside PixArtSigmaPipeline"),
         ("flux2", "--upscale 2", "has no image-to-image pipeline beside Flux2KleinPipeline"),
         ("qwen_image", "--vae vae", "--vae replaces an AutoencoderKL, and the base has an AutoencoderKLQwenImage"),
+        ("flux", "--layout avoiding.json", "of regions do nothing without guidance; give a --true_cfg_scale above 1, or"),
         ("sd3", "--prompt (cat:1.3)", r"The prompt '\(cat:1.3\)' has weights, which acts on .* not on a SD3 tr"),
         ("sd3", "--negative_prompt (x:1.3)", r"The prompt '\(x:1.3\)' has weights, which acts on Stable Diffusion 1.x"),
         ("sd3", "--prompt_weighting true", "prompt_weighting=True acts on Stable Diffusion 1.x, 2.x and XL only"),
