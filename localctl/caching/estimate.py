@@ -26,10 +26,10 @@ from localctl.diffusion import is_for_videos, latent_channels, latent_size
 from localctl.encodings.captions import each_caption
 from localctl.encodings.codec import pack
 from localctl.encodings.source import caption_id, visited
-from localctl.training.cost import count_flops
 from localctl.training.data import make_source
 from localctl.training.encoded import recipes_of
 from localctl.training.frozen import dtype_of
+from localctl.training.operations import count_flops
 
 SHARE = 0.4  # of the rate of a large matrix product that an encoder is assumed to reach
 _EXAMPLES = 4  # read to measure how long one takes

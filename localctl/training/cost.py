@@ -8,19 +8,14 @@ its weights. Attention is fused and does not store its scores.
 
 from __future__ import annotations
 
-import math
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from localctl.adapter import LocalAdapter
 from localctl.architectures import TABLE, BaseShape, read_shape
@@ -30,6 +25,7 @@ from localctl.diffusion import is_for_videos, latent_channels, latent_size
 from localctl.pipelines import DTYPES, BaseConfig
 from localctl.training.adapter_plan import plan_adapter
 from localctl.training.large_bases import BYTES
+from localctl.training.operations import count_operations
 from localctl.training.settings import AdapterConfig, TrainSettings
 
 SIZES = {  # the image sides at which these bases were trained
@@ -37,7 +33,7 @@ SIZES = {  # the image sides at which these bases were trained
     **dict.fromkeys(("pixart", "sd3", "flux", "flux2", "qwen_image", "z_image"), 1024),
 }
 GIB = 2**30
-_HALF = ("fp16", "bf16")
+_HALF = {"fp16": "float16", "bf16": "bfloat16"}
 _HEAD = (
     "base", "size", "batch", "precision", "trained M", "frozen M", "step TFLOP", "vae TFLOP",
     "weights", "gradients", "optimizer", "activations", "GiB in all",
@@ -46,10 +42,10 @@ _HEAD = (
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of one sample in float32.
+    """The cost of one sample.
 
     flops: of the training step without the VAE's encoder; vae_flops: of the encoder. activations, vae_bytes: the peak
-    of bytes in use in either, beside weights and their gradients.
+    of bytes in use in either, beside weights and their gradients; of the encoder in float32.
     """
 
     flops: float
@@ -82,7 +78,7 @@ class Estimator:
 
     def __init__(self, settings: TrainSettings, shape: BaseShape) -> None:
         self.shape, self.options = shape, plan_adapter(settings, shape).options
-        self.cost = cache(lambda size, checkpointing: count_step(shape, self.options, size, checkpointing))
+        self.cost = cache(partial(count_step, shape, self.options))
         with torch.device("meta"):
             self.trained = sum(p.numel() for p in LocalAdapter(**self.options).parameters())
         denoiser: Any = bare_denoiser(shape.build(shape.denoiser))
@@ -93,9 +89,10 @@ class Estimator:
 
     def estimate(self, settings: TrainSettings, size: tuple[int, int]) -> Estimate:
         """Estimate training with ``settings`` at ``size`` (height, width); activations are proportional to the batch
-        size and to the bytes of the dtype."""
-        cost = self.cost(size, settings.gradient_checkpointing)
-        width = 2 if settings.precision in _HALF else DTYPES[settings.base.dtype].itemsize
+        size."""
+        dtype = DTYPES[_HALF.get(settings.precision, settings.base.dtype)]
+        cost = self.cost(size, settings.gradient_checkpointing, dtype, settings.max_sequence_length)
+        width, half = dtype.itemsize, settings.precision in _HALF
         vae_width = 4 if self.shape.xl else width
         encodes = settings.data.encodings_dir is None
         denoiser = self.shape.denoiser
@@ -107,13 +104,13 @@ class Estimator:
         if settings.offload_base:  # a block at a time, and the few weights outside of the blocks
             frozen -= int(self.frozen[denoiser] * widths[denoiser] * (1 - self.resident))
         conditions = bool(self.options.get("latent_channels"))  # which the VAE encodes, too
-        alive = max(cost.activations * width, cost.vae_bytes * vae_width * (encodes or conditions)) // 4
+        alive = max(cost.activations, cost.vae_bytes * vae_width * (encodes or conditions) // 4)
         return Estimate(
             trained=self.trained,
             frozen=sum(loaded.values()),
             flops=cost.flops,
             vae_flops=cost.vae_flops * (encodes + conditions),
-            weights=frozen + self.trained * (8 if settings.use_ema else 4),
+            weights=frozen + self.trained * ((8 if settings.use_ema else 4) + 2 * half),  # and autocast's copies
             gradients=self.trained * 4,
             optimizer=self.trained * (2 if settings.use_8bit_adam else 8),  # both moments
             activations=settings.train_batch_size * alive,
@@ -223,17 +220,32 @@ def _ways_out(estimator: Estimator, settings: TrainSettings, size: tuple[int, in
     ]
 
 
-def count_step(shape: BaseShape, options: dict[str, Any], size: tuple[int, int], checkpointing: bool = False) -> Cost:
-    """Count the cost of one sample of ``size`` (height, width) in pixels; options: of ``LocalAdapter``."""
+def count_step(
+    shape: BaseShape,
+    options: dict[str, Any],
+    size: tuple[int, int],
+    checkpointing: bool = False,
+    dtype: torch.dtype = torch.float32,
+    tokens: int | None = None,
+) -> Cost:
+    """Count the cost of one sample of ``size`` (height, width) in pixels.
+
+    options: of ``LocalAdapter``. dtype: in which denoiser and adapter compute; what they keep in float32 all the same,
+    as transformers do in norms and rotations, is counted as such. tokens: ``max_sequence_length``.
+    """
     network: Any = shape.build(shape.denoiser)
+    if dtype != torch.float32:
+        network = copy.deepcopy(network).to(dtype)
     network.enable_gradient_checkpointing() if checkpointing else network.disable_gradient_checkpointing()
     with torch.device("meta"):
-        adapter = LocalAdapter(**options)
+        adapter = LocalAdapter(**options).to(dtype)
     for parameter in adapter.parameters():  # the caller counts the gradients of weights
         parameter.register_post_accumulate_grad_hook(_drop_gradient)
-    flops, activations = _count(lambda: _step(bare_denoiser(network), adapter, shape, size))
+    denoiser = bare_denoiser(network)
+    denoiser.text_length = tokens
+    flops, activations = count_operations(lambda: _step(denoiser, adapter, shape, size))
     vae: Any = shape.build("vae")
-    vae_flops, vae_bytes = _count(lambda: _encode(vae, size))
+    vae_flops, vae_bytes = count_operations(lambda: _encode(vae, size))
     return Cost(flops, vae_flops, activations, vae_bytes)
 
 
@@ -242,9 +254,10 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 
 def _step(denoiser: Denoiser, adapter: LocalAdapter, shape: BaseShape, size: tuple[int, int]) -> None:
-    texts, channels = denoiser.blank_texts(), latent_channels(shape.build("vae"))
-    noisy = torch.empty(1, channels, *latent_size(*size, shape.vae_scale_factor), device="meta")
-    condition = torch.empty(1, adapter.channels_of_condition, *size, device="meta")
+    dtype = adapter.dtype
+    texts, channels = denoiser.blank_texts().to("meta", dtype), latent_channels(shape.build("vae"))
+    noisy = torch.empty(1, channels, *latent_size(*size, shape.vae_scale_factor), device="meta", dtype=dtype)
+    condition = torch.empty(1, adapter.channels_of_condition, *size, device="meta", dtype=dtype)
     features = adapter(adapter.inputs(condition, condition[:, :1], lambda pixels: torch.empty_like(noisy)))
     step = torch.empty(1, device="meta", dtype=torch.float32 if denoiser.by_flow else torch.long)
     output = denoiser.output(noisy, step, denoiser.conditioning(texts, size, [None]), features)
@@ -255,95 +268,3 @@ def _step(denoiser: Denoiser, adapter: LocalAdapter, shape: BaseShape, size: tup
 def _encode(vae: Any, size: tuple[int, int]) -> None:
     pixels = torch.empty(1, 3, *size, device="meta")
     vae.encode(pixels.unsqueeze(2) if is_for_videos(vae) else pixels)
-
-
-@torch.no_grad()
-def count_flops(run: Callable[[], Any]) -> float:
-    """Return the FLOPs of ``run`` on the meta device, without gradients."""
-    return _count(run)[0]
-
-
-def _count(run: Callable[[], Any]) -> tuple[float, int]:
-    """Return the FLOPs of ``run`` and its peak of bytes in use."""
-    with OperationWatch() as watch, _fused_attention(watch):
-        run()
-    return float(watch.flops), watch.peak
-
-
-class OperationWatch(TorchDispatchMode):
-    """Counts the FLOPs of every operation with torch's table, and the bytes of its results until they are freed.
-
-    (torch's FlopCounterMode also tracks every module, which takes longer; its MemTracker is private.)
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = self.now = self.peak = 0
-        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self.flops += formula(*args, **kwargs, out_val=result)
-        if not func.is_view:  # a view uses no new memory
-            for tensor in result if isinstance(result, (tuple, list)) else (result,):
-                if isinstance(tensor, Tensor):
-                    self._keep(tensor.untyped_storage())
-        return result
-
-    def add_products(self, query: Tensor, key: Tensor, products: int) -> None:
-        """Count ``products`` matrix products of the size of query times key."""
-        self.flops += products * 2 * math.prod(query.shape) * key.shape[-2]
-
-    def _keep(self, storage: Any) -> None:
-        if storage not in self._seen:
-            self._seen.add(storage)
-            size = storage.nbytes()
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._free, size)
-
-    def _free(self, size: int) -> None:
-        self.now -= size
-
-
-@contextmanager
-def _fused_attention(watch: OperationWatch) -> Iterator[None]:
-    """Within, attention on the meta device stores what a fused kernel stores; torch's own would store the scores. A
-    function mode cannot do this: it is off in backward, where gradient checkpointing recomputes attention."""
-    real = F.scaled_dot_product_attention
-
-    def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
-        if query.device.type != "meta":
-            return real(query, key, value, *args, **options)
-        return _Attention.apply(query, key, value, watch)
-
-    F.scaled_dot_product_attention = attention
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = real
-
-
-class _Attention(torch.autograd.Function):
-    """Fused attention without values. Backward counts the products for the required gradients, but not those that a
-    kernel recomputes to save memory."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, watch: OperationWatch) -> Tensor:
-        watch.add_products(query, key, 2)
-        result = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, result)
-        ctx.watch = watch
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        query, key, value, _ = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:3]
-        through_scores = wanted[0] or wanted[1]
-        ctx.watch.add_products(query, key, int(through_scores) + sum(wanted))
-        made = [torch.empty_like(t) if want else None for t, want in zip((query, key, value), wanted, strict=True)]
-        return (*made, None)

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from localctl.denoisers import denoiser_of
 from localctl.evaluation.provenance import write_text
-from localctl.training.cost import GIB, _count
+from localctl.training.cost import GIB
+from localctl.training.operations import count_operations
 from research.benchmarks.families_report import MARKS, read_rows, report
 from research.benchmarks.family_shapes import (
     SHAPES,
@@ -75,10 +76,10 @@ class Counted:
         for one square image of ``side`` pixels."""
         factor = self.pipe.vae_scale_factor
         noisy = _empty(1, latent_channels(self.denoiser), side // factor, side // factor)
-        forward, _ = _count(lambda: self._output(noisy))
-        step, activations = _count(lambda: self._step(noisy, side))
+        forward, _ = count_operations(lambda: self._output(noisy))
+        step, activations = count_operations(lambda: self._step(noisy, side))
         self.transformer.enable_gradient_checkpointing()
-        repeated, fewer = _count(lambda: self._step(noisy, side))
+        repeated, fewer = count_operations(lambda: self._step(noisy, side))
         self.transformer.disable_gradient_checkpointing()
         return {
             **self.base(),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from localctl.training.cost import OperationWatch
+from localctl.training.operations import OperationWatch
 from research.layout_benchmark.cost import MIB, peak_memory, seconds
 
 GIB = 2**30

@@ -181,7 +181,7 @@ def test_a_size_is_the_base_s_or_a_multiple_of_its_tokens(here: Path, family_fol
         ("pixart", "--init_image photo.png", "has no image-to-image pipeline beside PixArtSigmaPipeline"),
         ("flux2", "--upscale 2", "has no image-to-image pipeline beside Flux2KleinPipeline"),
         ("qwen_image", "--vae vae", "--vae replaces an AutoencoderKL, and the base has an AutoencoderKLQwenImage"),
-        ("flux", "--layout avoiding.json", "of regions do nothing without guidance; give a --true_cfg_scale above 1, or"),
+        ("flux", "--layout avoiding.json", "of regions do nothing without guidance; give a --true_cfg_scale above 1"),
         ("sd3", "--prompt (cat:1.3)", r"The prompt '\(cat:1.3\)' has weights, which acts on .* not on a SD3 tr"),
         ("sd3", "--negative_prompt (x:1.3)", r"The prompt '\(x:1.3\)' has weights, which acts on Stable Diffusion 1.x"),
         ("sd3", "--prompt_weighting true", "prompt_weighting=True acts on Stable Diffusion 1.x, 2.x and XL only"),

@@ -13,8 +13,9 @@ from localctl.data import MaskedSamples, MicroScenes, SampleRef, collate
 from localctl.masks import MaskConfig
 from localctl.pipelines import BaseConfig
 from localctl.training.adapter_plan import plan_adapter
-from localctl.training.cost import Estimator, OperationWatch, count_step, report
+from localctl.training.cost import Estimator, count_step, report
 from localctl.training.models import load_models
+from localctl.training.operations import OperationWatch
 from localctl.training.step import sample_noise, training_step
 
 PARAMETERS = {
