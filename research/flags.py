@@ -53,10 +53,12 @@ def label_of(place: str | Path) -> str:
     return path.parent.name if path.name in ("base", "adapter") else path.name
 
 
-def add_protocol(parser: ArgumentParser, protocol: Protocol) -> None:
-    """Add the flags that all protocols share."""
+def add_protocol(
+    parser: ArgumentParser, protocol: Protocol, bases: str = "micro, or the folder of another micro base"
+) -> None:
+    """Add the flags that all protocols share; ``bases``: the help of ``--base``."""
     add = parser.add_argument
-    add("--base", default=protocol.base, help="micro, or the folder of another micro base")
+    add("--base", default=protocol.base, help=bases)
     add("--num_inference_steps", type=int, default=protocol.num_inference_steps, help="sampling steps of each image")
     add("--extractor", nargs="+", default=list(protocol.extractors), choices=EXTRACTORS, help="for the distances")
     add("--references", type=int, default=protocol.references, help="training scenes to compare with")

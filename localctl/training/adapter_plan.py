@@ -172,10 +172,12 @@ def check_base_settings(settings: TrainSettings, shape: BaseShape) -> None:
     known.check_text_length(settings.max_sequence_length, "")
     if settings.validation_steps:
         known.scheduler(settings.validation.scheduler)
+        _check_guidance("validation", settings.validation.guidance_scale, settings, known)
         if settings.validation.control_guidance_scale is not None:
             known.check_own_guidance()
     if settings.early_stopping.every and settings.early_stopping.metric:
         known.scheduler(settings.early_stopping.scheduler)
+        _check_guidance("early_stopping", settings.early_stopping.guidance_scale, settings, known)
     if settings.quantization is not None:
         check_package(settings.quantization)
     if settings.compile and transformer:
@@ -188,6 +190,16 @@ def check_base_settings(settings: TrainSettings, shape: BaseShape) -> None:
         raise ValueError(
             f"adapter.adapter_type={kind} does not fit {settings.base.name}, which has a {denoiser.name}; leave it "
             f"out, or choose {TOKENS if transformer else 'full_adapter, full_adapter_xl or light_adapter'}."
+        )
+
+
+def _check_guidance(part: str, scale: float | None, settings: TrainSettings, base: Abilities) -> None:
+    """Raise a ValueError for a guidance scale that the base would ignore, other than the one that null stands for."""
+    ignored = base.guidance.scale is None and base.guidance.true_cfg_scale is None
+    if ignored and scale not in (None, settings.base_defaults.guidance_scale):
+        raise ValueError(
+            f"{part}.guidance_scale={scale:g} has no effect: the base {settings.base.name} has no guidance that it "
+            "could set; leave it out."
         )
 
 

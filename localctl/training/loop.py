@@ -31,7 +31,7 @@ from localctl.training.events import Events, Scorer
 from localctl.training.export import ADAPTER, check_hub, write_settings
 from localctl.training.folder import RunFolder
 from localctl.training.resume import check_unchanged, describe
-from localctl.training.schedule import before_local_term, bound_steps
+from localctl.training.schedule import FIRST_LOCAL, before_local_term, bound_steps, first_local_step
 from localctl.training.settings import TrainSettings
 from localctl.training.state import TrainState, new_accelerator, new_state
 from localctl.training.step import StepNoise, StepOutput, sample_noise, training_step
@@ -116,8 +116,9 @@ def _load(
         settings, plain(train), base, world_size=accelerator.num_processes, precision=accelerator.mixed_precision
     )
     describe_encoded(state.info, train, absent)
-    if checkpoint is not None:
-        manifest = read_manifest(checkpoint)
+    manifest = None if checkpoint is None else read_manifest(checkpoint)
+    state.info[FIRST_LOCAL] = first_local_step(settings, manifest and manifest["info"])
+    if checkpoint is not None and manifest is not None:
         check_unchanged(manifest["info"], state.info, force=settings.force_resume)
         state.load(checkpoint, manifest["step"])
     if state.agree(state.step, -state.step) != [state.step, -state.step]:
@@ -138,7 +139,8 @@ class Run:
         interrupt: Interrupt,
     ) -> None:
         self.state, self.settings = state, state.settings
-        self.first_local, self.without_local = before_local_term(state.settings)
+        self.first_local = state.info[FIRST_LOCAL]
+        self.without_local = before_local_term(state.settings) if self.first_local else state.settings
         self.train_source, self.folder, self.output_dir = train, folder, folder.path
         self.main = state.accelerator.is_main_process
         data = self.settings.data

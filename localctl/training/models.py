@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -64,11 +65,12 @@ class Models:
         self._texts: Memo[PromptEmbeds] | None = None
         self._moments: Memo[Tensor] | None = None
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
+        """Of the frozen parts, which stay where they are loaded: diffusers looks through all modules each time."""
         return self.network.device
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         """Of the frozen parts."""
         return self.network.dtype

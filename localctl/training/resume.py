@@ -23,6 +23,7 @@ from localctl.data.fingerprint import COUNT, NAMES
 from localctl.data.sample import Source
 from localctl.files import sha256, sha256_of_json
 from localctl.redaction import MASKED, flat, recorded
+from localctl.training.schedule import FIRST_LOCAL
 from localctl.training.settings import TrainSettings
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ FREE = {
     "base.vae": "as base.name",
     "adapter_model_name_or_path": "the weights before the first step",
     "adapter.unconditional_scale": "how images are generated; training does not use it",
-    "max_train_steps": "to train longer; learning rates that fall to the end, and loss.start, follow the new length",
+    "max_train_steps": "to train longer; learning rates that fall to the end follow the new length",
     "num_train_epochs": "as max_train_steps",
     "early_stopping": "when to stop",
     "logging_steps": "what is recorded",
@@ -254,9 +255,11 @@ def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], *, force:
         logger.info(
             f"max_train_steps {length[0]} -> {length[1]}: the learning rate follows the new length from here on."
         )
-    if length[0] != length[1] and (start := now["settings"]["loss"]["start"]):
+    start = now["settings"]["loss"]["start"]
+    if length[0] != length[1] and start and _part(_part(before, "settings"), "loss").get("start") == start:
         logger.info(
-            f"max_train_steps {length[0]} -> {length[1]}: the local term begins after {start:.0%} of the new length."
+            f"max_train_steps {length[0]} -> {length[1]}: the local term begins after step {now[FIRST_LOCAL]}, "
+            "as before."
         )
     lines = changes(before, now)
     if is_old(before):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from localctl.messages import warning
 from localctl.settings import LossConfig
 from localctl.training.settings import LR_END, TrainSettings
+
+FIRST_LOCAL = "first_local_step"  # in the description of a run
 
 
 def learning_rate_at(settings: TrainSettings, step: int) -> float:
@@ -37,14 +41,25 @@ def learning_rate_at(settings: TrainSettings, step: int) -> float:
     return LR_END + (peak - LR_END) * max(0.0, 1 - progress) ** settings.lr_power
 
 
-def before_local_term(settings: TrainSettings) -> tuple[int, TrainSettings]:
-    """Return the first step with the local term, by ``loss.start``, and the settings of the steps before."""
-    loss = settings.loss
-    if not loss.start:
-        return 0, settings
+def before_local_term(settings: TrainSettings) -> TrainSettings:
+    """Return the settings of the steps before the local term, for a ``loss.start`` above 0."""
     own = LossConfig()  # of fields that a loss without a local term may not have
-    without = replace(loss, filter="none", start=0.0, margin=own.margin, tolerances=own.tolerances)
-    return math.ceil(loss.start * settings.steps), replace(settings, loss=without)
+    loss = replace(settings.loss, filter="none", start=0.0, margin=own.margin, tolerances=own.tolerances)
+    return replace(settings, loss=loss)
+
+
+def first_local_step(settings: TrainSettings, before: Mapping[str, Any] | None = None) -> int:
+    """Return the first step with the local term, by ``loss.start``.
+
+    before: what the checkpoint to continue from records of its run. With the same ``loss.start``, the step stays where
+    it was, also in a run of another length.
+    """
+    start, steps = settings.loss.start, settings.steps
+    if before is not None and before["settings"].get("loss", {}).get("start") == start:
+        if (known := before.get(FIRST_LOCAL)) is not None:
+            return int(known)
+        steps = before["settings"]["max_train_steps"]
+    return math.ceil(start * steps)
 
 
 def bound_steps(settings: TrainSettings, samples: int, processes: int = 1) -> TrainSettings:

@@ -17,7 +17,7 @@ from localctl.training.data import has_own_masks
 from localctl.training.encoded import EncodedSource, plain
 from localctl.training.export import effective_batch
 from localctl.training.models import Models
-from localctl.training.schedule import schedule_notes
+from localctl.training.schedule import FIRST_LOCAL, schedule_notes
 from localctl.training.settings import TrainSettings
 from localctl.training.state import TrainState
 
@@ -34,7 +34,7 @@ def announcement(state: TrainState, source: Source, output_dir: Path, *, scored:
         loss = f"{terms.denoising_weight:g} x {loss}"
     if terms.filter != "none":
         loss += f" + {terms.weight:g} x {terms.filter} in the mask ({terms.schedule})"
-        loss += f" from {terms.start:.0%} of the steps on" if terms.start else ""
+        loss += f" after step {state.info[FIRST_LOCAL]}" if terms.start else ""
     batch = effective_batch(settings) * accelerator.num_processes
     on_cpu = accelerator.device.type == "cpu"
     threads = f", {torch.get_num_threads()} threads" if on_cpu else ""

@@ -29,7 +29,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Arguments(PROGRAM, __doc__)
     add = parser.add_argument
     add("--adapter", nargs="+", required=True, type=Path, metavar="DIR", help="folders of trained LocalAdapters")
-    add("--base", help="default: the base that the adapters were trained on")
+    add("--base", help="micro, or a folder, of a U-Net or a transformer; default: what the adapters were trained on")
     add("--count", type=int, default=200, help="held-out scenes")
     add("--num_inference_steps", type=int, default=30, help="sampling steps of each image")
     add("--guidance_scale", type=float, help="default: that of the base")

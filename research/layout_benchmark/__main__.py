@@ -42,7 +42,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--grid", nargs="+", default=[], metavar="CONTROL.NAME=V,V", help="axes of the grid, over the built-in ones")
     add("--layouts", type=int, help=f"default: {protocol.layouts}; with --tune 24")
     add("--seeds", nargs="+", type=int, default=list(protocol.seeds), help="of the noise, each for every layout")
-    add_protocol(parser, protocol)
+    add_protocol(parser, protocol, "micro, or the folder of another base of the scenes, of a U-Net or a transformer")
     add(
         "--scheduler",
         choices=sorted(SCHEDULERS),

@@ -23,7 +23,11 @@ PROGRAM = "research.micro_base.report"
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure the base; return 0, or 2 after a user's error."""
     parser = Arguments(PROGRAM, "Measure the embedded base.")
-    parser.add_argument("--base", default="micro", help="micro, or the folder of another micro base")
+    parser.add_argument(
+        "--base",
+        default="micro",
+        help="micro, or the folder of another base of the scenes, of a U-Net or a transformer",
+    )
     parser.add_argument("--quick", action="store_true", help="a fifth of the images; print only")
     parser.add_argument(
         "--images_only",

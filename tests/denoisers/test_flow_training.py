@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from families import SIDE, Family, token_adapter
 from torch import Tensor
 
@@ -163,3 +165,12 @@ def test_flow_timesteps_favour_the_middle_and_shift_with_the_resolution() -> Non
     assert flow_shift(dynamic, 4096) > flow_shift(dynamic, 256)
     abar = flow_alpha_bar(torch.tensor([0.5, 1.0]))
     assert abar.tolist() == [0.5, 0.0]
+
+
+@pytest.mark.parametrize("tokens", [256, 1024, 4096, 8192])
+def test_flux_2_is_trained_with_the_shift_of_200_steps(tokens: int) -> None:
+    """The limit of many steps; with fewer of them, the pipeline moves noise levels of smaller images further."""
+    config = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}  # as published
+    scheduler = FlowMatchEulerDiscreteScheduler(**config, base_image_seq_len=256, max_image_seq_len=4096)
+    assert flow_shift(scheduler, tokens) == pytest.approx(math.exp(compute_empirical_mu(tokens, 200)), rel=1e-3)
+    assert (compute_empirical_mu(tokens, 28) > compute_empirical_mu(tokens, 200)) == (tokens <= 4300)

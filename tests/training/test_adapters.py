@@ -1,6 +1,8 @@
 """Continuing from adapters: ours, plain ones, and those that do not fit."""
 
+import json
 import re
+import shutil
 from dataclasses import asdict, replace
 
 import pytest
@@ -16,8 +18,9 @@ from localctl.conditions import ConditionConfig
 from localctl.training.adapter_plan import continued, plan_adapter
 from localctl.training.models import load_models
 from localctl.training.resume import is_free
-from localctl.training.settings import MASKING, AdapterConfig, TrainSettings
+from localctl.training.settings import MASKING, AdapterConfig, EarlyStoppingConfig, TrainSettings, ValidationConfig
 
+pytest_plugins = ["families"]
 CPU = torch.device("cpu")
 
 
@@ -155,3 +158,17 @@ def test_the_adapter_says_how_its_condition_is_computed(sd_folder, tmp_path):
     adapter.save_pretrained(tmp_path / "adapter")
     saved = LocalAdapter.from_pretrained(tmp_path / "adapter").config["condition"]
     assert ConditionConfig(**saved) == condition
+
+
+def test_a_guidance_scale_that_the_base_would_ignore_is_refused(family_folders, tmp_path):
+    base, given = tmp_path / "schnell", ValidationConfig(guidance_scale=5.0)
+    shutil.copytree(family_folders("flux"), base)
+    config = json.loads((base / "transformer" / "config.json").read_text())
+    (base / "transformer" / "config.json").write_text(json.dumps({**config, "guidance_embeds": False}))
+    scored = EarlyStoppingConfig(every=1, metric="frechet_micro", guidance_scale=5.0)
+    for part, changes in (("validation", {"validation": given, "validation_steps": 1}),
+                          ("early_stopping", {"early_stopping": scored})):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{part}.guidance_scale=5 has no effect: the base .* has no guidance"):
+            plan_adapter(tiny_settings(base, tmp_path, **changes))
+    plan_adapter(tiny_settings(base, tmp_path, validation_steps=1))  # with the scale that null stands for
+    plan_adapter(tiny_settings(family_folders("flux"), tmp_path, validation=given, validation_steps=1))

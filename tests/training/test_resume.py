@@ -1,5 +1,5 @@
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from localctl.training.resume import (
     is_free,
     weights_fingerprint,
 )
+from localctl.training.schedule import first_local_step
 from localctl.training.settings import TrainSettings
 
 
@@ -85,6 +86,24 @@ def test_what_is_only_said():
     said = logged()
     check_unchanged(before, described(replace(TrainSettings(), max_train_steps=5)), force=False)
     assert len(said) == 2 and "torch 1.0 -> " in said[0] and "max_train_steps 700 -> 5" in said[1]
+
+
+def test_a_local_term_begins_where_it_did_in_a_run_of_another_length(sd_folder, tmp_path):
+    settings = tiny_settings(sd_folder, tmp_path, max_train_steps=2, checkpointing_steps=2, train_batch_size=1)
+    settings = replace(settings, loss=replace(settings.loss, start=0.5))
+    silent_run(settings).train()
+    said = logged()
+    for steps in (4, 10):  # from the first checkpoint, and from that of a run that was longer already
+        run = silent_run(replace(settings, max_train_steps=steps, resume_from_checkpoint="latest"))
+        assert run.first_local == 1 and said[-1].endswith(f"-> {steps}: the local term begins after step 1, as before.")
+        if steps == 4:
+            run.train()
+        run.folder.release()
+    other = replace(run.settings, loss=replace(settings.loss, start=0.8), force_resume=True)
+    assert silent_run(other).first_local == 8
+    earlier = {"settings": asdict(settings)}  # of a version that did not record the step
+    assert first_local_step(replace(settings, max_train_steps=10), earlier) == 1
+    assert first_local_step(other, earlier) == first_local_step(other) == 8
 
 
 def test_a_setting_that_did_not_exist_yet_had_its_default():
