@@ -15,7 +15,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from localctl.adapter import LocalAdapter
 from localctl.architectures import TABLE, BaseShape, read_shape
@@ -234,17 +234,20 @@ def count_step(
     as transformers do in norms and rotations, is counted as such. tokens: ``max_sequence_length``.
     """
     network: Any = shape.build(shape.denoiser)
+    vae: Any = shape.build("vae")  # now, as its weights are not counted
     if dtype != torch.float32:
-        network = copy.deepcopy(network).to(dtype)
+        network = nn.Module.to(
+            copy.deepcopy(network), dtype
+        )  # diffusers' own .to() warns of modules to keep in float32
     network.enable_gradient_checkpointing() if checkpointing else network.disable_gradient_checkpointing()
     with torch.device("meta"):
-        adapter = LocalAdapter(**options).to(dtype)
+        adapter = LocalAdapter(**options)
+    nn.Module.to(adapter, dtype)
     for parameter in adapter.parameters():  # the caller counts the gradients of weights
         parameter.register_post_accumulate_grad_hook(_drop_gradient)
     denoiser = bare_denoiser(network)
     denoiser.text_length = tokens
     flops, activations = count_operations(lambda: _step(denoiser, adapter, shape, size))
-    vae: Any = shape.build("vae")
     vae_flops, vae_bytes = count_operations(lambda: _encode(vae, size))
     return Cost(flops, vae_flops, activations, vae_bytes)
 

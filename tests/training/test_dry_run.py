@@ -112,7 +112,7 @@ def test_memory_counts_what_it_should(sd_folder, tmp_path):
     assert full.weights == 4 * (trained + frozen) and full.gradients == 4 * trained and full.optimizer == 8 * trained
     half = estimate(mixed_precision="bf16", use_8bit_adam=True, use_ema=True)
     assert half.weights == 2 * frozen + 10 * trained and half.optimizer == 2 * trained  # with autocast's copies
-    assert half.activations == pytest.approx(full.activations / 2, rel=0.01)
+    assert half.activations == pytest.approx(full.activations / 2, rel=0.02)
     assert estimate(train_batch_size=6).activations == 3 * full.activations
     assert estimate(gradient_checkpointing=True).activations < full.activations
 
