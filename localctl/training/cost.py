@@ -236,9 +236,7 @@ def count_step(
     network: Any = shape.build(shape.denoiser)
     vae: Any = shape.build("vae")  # now, as its weights are not counted
     if dtype != torch.float32:
-        network = nn.Module.to(
-            copy.deepcopy(network), dtype
-        )  # diffusers' own .to() warns of modules to keep in float32
+        network = nn.Module.to(copy.deepcopy(network), dtype)  # diffusers' own .to() warns
     network.enable_gradient_checkpointing() if checkpointing else network.disable_gradient_checkpointing()
     with torch.device("meta"):
         adapter = LocalAdapter(**options)
