@@ -86,7 +86,8 @@ def continued(settings: TrainSettings) -> TrainSettings:
     if saved is None:
         return settings
     settings = replace(settings, adapter=_masked(settings, saved))
-    before = _of(saved) | {"level_weights": saved.config.get("level_weights")} if saved.local else {}
+    levels = saved.config.get("level_weights")
+    before = _of(saved) | {"level_weights": levels and tuple(levels)} if saved.local else {}
     was = {f"adapter.{name}": value for name, value in before.items()}
     now = {f"adapter.{name}": value for name, value in asdict(settings.adapter).items()}
     if saved.condition is not None:

@@ -78,7 +78,7 @@ class Estimator:
 
     def __init__(self, settings: TrainSettings, shape: BaseShape) -> None:
         self.shape, self.options = shape, plan_adapter(settings, shape).options
-        self.cost = cache(partial(count_step, shape, self.options))
+        self._count = cache(partial(count_step, shape, self.options))
         with torch.device("meta"):
             self.trained = sum(p.numel() for p in LocalAdapter(**self.options).parameters())
         denoiser: Any = bare_denoiser(shape.build(shape.denoiser))
@@ -87,12 +87,15 @@ class Estimator:
         # Of the denoiser's weights, the share that is on the device at once when they are offloaded.
         self.resident = 1 - (sum(blocks) - max(blocks)) / self.frozen[shape.denoiser] if blocks else 1.0
 
+    def cost(self, settings: TrainSettings, size: tuple[int, int]) -> Cost:
+        """Return the cost of one sample of ``size`` (height, width) with ``settings``."""
+        return self._count(size, settings.gradient_checkpointing, _dtype(settings), settings.max_sequence_length)
+
     def estimate(self, settings: TrainSettings, size: tuple[int, int]) -> Estimate:
         """Estimate training with ``settings`` at ``size`` (height, width); activations are proportional to the batch
         size."""
-        dtype = DTYPES[_HALF.get(settings.precision, settings.base.dtype)]
-        cost = self.cost(size, settings.gradient_checkpointing, dtype, settings.max_sequence_length)
-        width, half = dtype.itemsize, settings.precision in _HALF
+        cost, half = self.cost(settings, size), settings.precision in _HALF
+        width = _dtype(settings).itemsize
         vae_width = 4 if self.shape.xl else width
         encodes = settings.data.encodings_dir is None
         denoiser = self.shape.denoiser
@@ -115,6 +118,11 @@ class Estimator:
             optimizer=self.trained * (2 if settings.use_8bit_adam else 8),  # both moments
             activations=settings.train_batch_size * alive,
         )
+
+
+def _dtype(settings: TrainSettings) -> torch.dtype:
+    """Return in which dtype the frozen parts compute."""
+    return DTYPES[_HALF.get(settings.precision, settings.base.dtype)]
 
 
 def report(settings: TrainSettings) -> str:
@@ -181,7 +189,8 @@ def _ways_out(estimator: Estimator, settings: TrainSettings, size: tuple[int, in
     """Return flags with the memory that each would need, and all of them together."""
     steps = settings.gradient_accumulation_steps * settings.train_batch_size
     transformer = estimator.shape.denoiser == "transformer"
-    plain, more = (estimator.cost(size, checkpointing).flops for checkpointing in (False, True))
+    ways = [replace(settings, gradient_checkpointing=on, offload_base=False) for on in (False, True)]
+    plain, more = (estimator.cost(way, size).flops for way in ways)
     half = settings.precision in _HALF or DTYPES[settings.base.dtype] != torch.float32
     offers: list[tuple[bool, str, dict[str, Any], str]] = [
         (not half, "--mixed_precision bf16", {"mixed_precision": "bf16"}, "fp16 on cards without bf16"),

@@ -67,7 +67,7 @@ class AdapterConfig:
 
     null: as in the adapter to continue from, or else what fits the base: ``full_adapter`` for SD 1.x and 2.x,
     ``full_adapter_xl`` for SDXL, the U-Net's channels, 2 residual blocks, downscale factor 8 (SDXL: 16); a
-    ``token_adapter`` for transformers; ``MASKING``.
+    ``token_adapter`` for transformers.
 
     adapter_type: full_adapter, full_adapter_xl or light_adapter, or token_adapter for transformers; null = what fits
         the base.

@@ -58,7 +58,10 @@ def test_continues_from_a_run_of_ours(make_adapter, sd_folder, tmp_path):
 
 def test_what_is_left_open_is_as_in_the_adapter_to_continue_from(make_adapter, published, sd_folder, tmp_path):
     own = {"mask_resize": "inside", "mask_condition": True, "dim_condition": True, "unconditional_scale": 0.0}
-    make_adapter(**own, condition=asdict(ConditionConfig(kind="sobel"))).save_pretrained(tmp_path / "run" / "adapter")
+    levels = (0.5, 1.0, 1.0, 2.0)
+    make_adapter(**own, level_weights=levels, condition=asdict(ConditionConfig(kind="sobel"))).save_pretrained(
+        tmp_path / "run" / "adapter"
+    )
 
     def adapter(name, **given):
         options = {"condition": ConditionConfig(kind="sobel"), "adapter_model_name_or_path": str(tmp_path / name)}
@@ -72,7 +75,9 @@ def test_what_is_left_open_is_as_in_the_adapter_to_continue_from(make_adapter, p
     run.folder.release()
 
     changed = {"mask_resize": "nearest", "unconditional_scale": 1.0, "mask_features": False}
-    run = adapter("run", adapter=AdapterConfig(**changed), condition=ConditionConfig(kind="canny", low=10))
+    run = adapter(
+        "run", adapter=AdapterConfig(**changed, level_weights=levels), condition=ConditionConfig(kind="canny", low=10)
+    )
     config = run.state.models.plain_adapter.config
     assert {name: config[name] for name in own | changed} == own | changed
     notes = "\n".join(line for line in said if "from here on" in line)
