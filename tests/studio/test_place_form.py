@@ -11,8 +11,7 @@ import pytest
 from PIL import Image
 
 from localctl.jobs.settings import SampleSettings
-from localctl.layout import Layout, Region
-from localctl.layout_io import load_layout, save_layout
+from localctl.layout_io import load_layout
 from localctl.masks import load_mask
 from localctl.studio.addon_restore import addon_values
 from localctl.studio.config import StudioConfig
@@ -264,20 +263,6 @@ def test_an_image_of_weighted_prompts_comes_back_and_one_of_plain_prompts_is_ref
     assert values_of(options, "micro", (64, 64))["prompt"] == "a (red:1.2) circle"
     with pytest.raises(ValueError, match="made with --prompt_weighting=false, which"):
         values_of({**options, "prompt_weighting": False}, "micro", (64, 64))
-
-
-def test_an_image_of_negative_prompts_that_did_nothing_is_refused_where_they_act(tmp_path: Path) -> None:
-    for negative in (None, "dogs"):
-        region = Region("cat", (0.0, 0.0, 0.5, 1.0), negative_prompt=negative)
-        path = save_layout(Layout("a cat", regions=(region,)), tmp_path / "layout.json")
-        options = {"layout": [str(path)], "region_negatives": True}
-        assert values_of(options, "micro", (64, 64))["prompt"] == "a cat"
-        earlier = {**options, "region_negatives": False}
-        if negative is None:
-            assert values_of(earlier, "micro", (64, 64))["prompt"] == "a cat"
-            continue
-        with pytest.raises(ValueError, match="made without the negative prompts of its regions, which act on the page"):
-            values_of(earlier, "micro", (64, 64))
 
 
 @pytest.mark.parametrize(

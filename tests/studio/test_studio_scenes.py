@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from localctl.layout import Layout, Region
+from localctl.layout_io import save_layout
 from localctl.studio import limits
 from localctl.studio.config import StudioConfig
 from localctl.studio.place_examples import example_scene, examples
+from localctl.studio.place_restore import values_of
 from localctl.studio.scenes import highlighted, layout_of, marks_of, prompt_of, scene_of
 from localctl.studio.studio import Studio
 
@@ -133,3 +136,17 @@ def test_the_tokens_are_those_of_the_base() -> None:
     assert [text[first:last] for first, last in spans] == ["a", "red", "circle", ",", "a", "blue", "star"]
     assert limit == 75
     studio.close()
+
+
+def test_an_image_of_negative_prompts_that_did_nothing_is_refused_where_they_act(tmp_path: Path) -> None:
+    for negative in (None, "dogs"):
+        region = Region("cat", (0.0, 0.0, 0.5, 1.0), negative_prompt=negative)
+        path = save_layout(Layout("a cat", regions=(region,)), tmp_path / "layout.json")
+        options = {"layout": [str(path)], "region_negatives": True}
+        assert values_of(options, "micro", (64, 64))["prompt"] == "a cat"
+        earlier = {**options, "region_negatives": False}
+        if negative is None:
+            assert values_of(earlier, "micro", (64, 64))["prompt"] == "a cat"
+            continue
+        with pytest.raises(ValueError, match="made without the negative prompts of its regions, which act on the page"):
+            values_of(earlier, "micro", (64, 64))
