@@ -14,7 +14,8 @@ from research.benchmarks.gpu_report import BEGIN, END, read, report, write_page
 from research.benchmarks.timing import Deadline
 from research.flags import PAGES, RESULTS
 
-QUICK = ("limits", "training", "controls_sd15", "encoders")
+FLUX = ("flux_training_512", "flux_controls_512")
+QUICK = ("limits", "training", "controls_sd15", "encoders", *FLUX)
 STORED = sorted((RESULTS / "gpu").glob("*.jsonl"))
 
 
@@ -40,13 +41,12 @@ def test_every_part_works(tmp_path):
     assert {row["part"] for row in rows} == {"machine", *PARTS}
 
 
-def test_flux_is_measured_as_the_other_bases_are(tmp_path):
-    status, rows = run(tmp_path, "limits", "flux_training_512", "flux_controls_512")
-    assert status == 0 and not [row for row in rows if "error" in row or "skipped" in row]
-    plain, checkpointed = of_part(rows, "flux_training_512")
+def test_flux_is_measured_as_the_other_bases_are(measured):
+    _, rows = measured
+    plain, checkpointed = of_part(rows, FLUX[0])
     assert plain["tflop_per_image"] == checkpointed["tflop_per_image"] > 0
     assert checkpointed["gib_counted"] <= plain["gib_counted"] and plain["times"] == 1
-    names = [row["control"] for row in of_part(rows, "flux_controls_512")]
+    names = [row["control"] for row in of_part(rows, FLUX[1])]
     assert names == ["none", "adapter", "bias", "dense", "spacetime"]
     assert "| flux1_dev 64 px, batch 1 | adapter, gradient checkpointing |" in report(rows)
 
