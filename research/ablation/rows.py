@@ -97,6 +97,8 @@ ROWS = {
             PROMPT_ROWS,
         ),
         Row("plain_prompt", "plain T2I-Adapter, on the prompt's rows", True, "cover_prompt", "plain", PROMPT_ROWS),
+        Row("full", "cover, trained with full masks", headline=True, against="cover"),
+        Row("full_prompt", "cover, full masks, on the prompt's rows", True, "cover_prompt", "full", PROMPT_ROWS),
     )
 }
 
