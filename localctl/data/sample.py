@@ -73,15 +73,17 @@ class Source(Protocol):
 class MaskedSamples(Dataset):
     """Examples of ``source``, each with a mask. Masks of the dataset itself are used as they are.
 
-    Other masks are sampled from (seed, epoch, key): a new one in every epoch, the same one in any worker. A bad row is
+    Other masks are sampled from (seed, epoch, key): a new one in every epoch, the same one in any worker. In a share of
+    ``full``, chosen in the same way, the mask is that of the whole image, whatever the example's. A bad row is
     replaced by another one sampled from (seed, epoch, index), in up to ``ATTEMPTS`` attempts; the problems met are
     returned with the example.
     """
 
-    def __init__(self, source: Source, config: MaskConfig, seed: int) -> None:
+    def __init__(self, source: Source, config: MaskConfig, seed: int, full: float = 0.0) -> None:
         self.source = source
         self.config = config
         self.seed = seed
+        self.full = full
 
     def __len__(self) -> int:
         return len(self.source)
@@ -106,6 +108,8 @@ class MaskedSamples(Dataset):
             rng = numpy_rng(self.seed, "mask", epoch, example.key)
             height, width = example.pixels.shape[-2:]
             mask = sample_mask(self.config, (height, width), rng, example.object_masks)
+        if self.full and numpy_rng(self.seed, "full mask", epoch, example.key).random() < self.full:
+            mask = torch.ones_like(mask)
         return replace(example, mask=mask, epoch=epoch, object_masks=None)
 
 

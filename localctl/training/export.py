@@ -73,6 +73,7 @@ def model_card(run: Finished, for_unet: bool = True) -> str:
     """
     settings, condition, base = run.settings, run.settings.condition, _public_name(run.settings.base.name)
     place = str(BASES[base].id_or_path) if base in BASES else settings.base.name
+    masks = ("of the data" if run.own_masks else _joined(asdict(settings.mask))) + full_masks(settings)
     kind = "A T2I-Adapter" if for_unet else "An adapter for a transformer"
     title, evaluation = f"Local {condition.kind} adapter for {base}", _evaluation(run)
     metadata = ModelCardData(
@@ -91,13 +92,19 @@ def model_card(run: Finished, for_unet: bool = True) -> str:
 |---|---|
 | base | {base} (frozen) |
 | condition | {_joined(condition.recorded())} |
-| masks | {"of the data" if run.own_masks else _joined(asdict(settings.mask))} |
+| masks | {masks} |
 | loss | denoising + {_joined(asdict(settings.loss))} |
 | optimizer | AdamW, {settings.lr_scheduler} from {settings.learning_rate:g}, batch {effective_batch(settings)} |
 | timesteps | {settings.timestep_sampling}; {settings.proportion_empty_prompts:.0%} empty prompts |
 | seed | {settings.seed} |
 """
     return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}{_figures(run)}{_usage(settings, for_unet)}"))
+
+
+def full_masks(settings: TrainSettings) -> str:
+    """Return a clause on masks of the whole image in training; without any, an empty string."""
+    share = settings.proportion_full_masks
+    return f", but trained on the whole image in {share:.0%} of the samples" if share else ""
 
 
 def effective_batch(settings: TrainSettings) -> int:

@@ -162,6 +162,8 @@ class TrainSettings:
     adam_epsilon: AdamW's guard against dividing by zero.
     max_grad_norm: gradients are scaled down to this norm; null = they are not.
     proportion_empty_prompts: share of the captions that are replaced by an empty prompt.
+    proportion_full_masks: share of the samples whose mask, sampled or of the data, is replaced by one of the whole
+        image, in training alone: the features learn more from each image, and are masked when images are generated.
     timestep_sampling: distribution of the timesteps: uniform; cubic, which prefers noisy ones as published; or
         logit_normal, which prefers those in the middle; null = the base's own, uniform for micro and pixart,
         logit_normal for flow matching and cubic for others.
@@ -231,6 +233,7 @@ class TrainSettings:
     adam_epsilon: Rate = 1e-8
     max_grad_norm: float | None = 1.0
     proportion_empty_prompts: Share = 0.1
+    proportion_full_masks: Share = 0.0
     timestep_sampling: TimestepSampling | None = None
     logit_mean: Finite = 0.0
     logit_std: Annotated[float, Field(gt=0)] = 1.0

@@ -15,7 +15,7 @@ from localctl.threads import waiting_note
 from localctl.training.checkpoints import free_space, free_space_clause
 from localctl.training.data import has_own_masks
 from localctl.training.encoded import EncodedSource, plain
-from localctl.training.export import effective_batch
+from localctl.training.export import effective_batch, full_masks
 from localctl.training.models import Models
 from localctl.training.schedule import FIRST_LOCAL, schedule_notes
 from localctl.training.settings import TrainSettings
@@ -45,7 +45,7 @@ def announcement(state: TrainState, source: Source, output_dir: Path, *, scored:
         steps += "; no score was given, so early stopping is off"
     elif settings.early_stopping.every:
         steps += f"; or until {settings.early_stopping.metric or 'the score'} gets no better"
-    masks = "the data's masks" if has_own_masks(source) else f"{settings.mask.kind} masks"
+    masks = ("the data's" if has_own_masks(source) else settings.mask.kind) + f" masks{full_masks(settings)}"
     return "\n".join(
         (
             f"base        {settings.base.name}, frozen ({frozen:,} parameters)",

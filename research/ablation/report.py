@@ -46,11 +46,11 @@ FULL = """
 - Claimed are the best setting with a local term, the same without it, and a plain T2I-Adapter. Each is sampled with
   the features on the rows of the prompt alone (`unconditional_scale=0`) and on all rows; the former decides.
 - Added later, before anything of it was measured on test scenes: `cover` trained with masks of the whole image
-  (`mask=full`), which was chosen on the validation scenes, is sampled in both ways. The features do not depend on the
-  mask, so its first 650 steps are those of the plain T2I-Adapter, bit for bit, and were trained once. On all rows it
-  becomes the default if against `cover` the F1 gains with an interval above 0, and no interval of `leak`, `color_in`,
-  `object_in` or the CLIP score shows a loss; so does `unconditional_scale=0` if `full_prompt` against `cover` does. The
-  claim of strong defaults is of what is the default then.
+  (`proportion_full_masks=1`), which was chosen on the validation scenes, is sampled in both ways. The features do not
+  depend on the mask, so its first 650 steps are those of the plain T2I-Adapter, bit for bit, and were trained once. On
+  all rows it becomes the default if against `cover` the F1 gains with an interval above 0, and no interval of `leak`,
+  `color_in`, `object_in` or the CLIP score shows a loss; so does `unconditional_scale=0` if `full_prompt` against
+  `cover` does. The claim of strong defaults is of what is the default then.
 """
 SHORT = """
 - These trainings have 250 of the 700 steps of `python train_adapter.py` on the embedded base, as computing time was

@@ -48,6 +48,7 @@ def test_experiments_change_values_and_groups_and_are_beaten_by_the_command_line
     best, paper = load("experiment=best_canny"), load("experiment=paper_canny")
     assert (best.adapter.mask_resize, best.adapter.unconditional_scale) == ("cover", 0)
     assert (paper.adapter.mask_resize, paper.adapter.unconditional_scale) == ("nearest", 1)
+    assert (best.proportion_full_masks, paper.proportion_full_masks) == (1, 0)
     assert best.validation.unconditional_scale is None and best.loss == paper.loss
     assert load("experiment=denoising_only", "loss=mse").loss.filter == "mse"
 

@@ -39,6 +39,18 @@ def test_a_mask_of_the_data_stays(scenes):
             return replace(scenes[index], mask=own)
 
     assert MaskedSamples(Masked(), MaskConfig(kind="full"), 0)[SampleRef(0, 0)].mask is own
+    assert MaskedSamples(Masked(), MaskConfig(), 0, full=1)[SampleRef(0, 0)].mask.all()
+
+
+def test_a_share_of_the_masks_is_of_the_whole_image(scenes):
+    def masks(share):
+        samples = MaskedSamples(scenes, MaskConfig(max_area=0.5), 0, share)
+        return [samples[SampleRef(1, epoch)].mask for epoch in range(60)]
+
+    sampled, half = masks(0), masks(0.5)
+    assert all(mask.all() for mask in masks(1)) and not any(mask.all() for mask in sampled)
+    assert 15 < sum(bool(mask.all()) for mask in half) < 45
+    assert all(mask.all() or torch.equal(mask, own) for mask, own in zip(half, sampled, strict=True))
 
 
 def test_a_batch_keeps_rows_together(scenes):

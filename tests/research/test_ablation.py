@@ -42,6 +42,7 @@ CHANGES = {
     "logit_normal": {"timestep_sampling": "logit_normal", "logit_mean": 0.2, "logit_std": 0.8},
     "inside_weight": {"loss.masked_denoising_weight": 3.0},
     "cover": {"adapter.mask_resize": "cover"},
+    "full": {"adapter.mask_resize": "cover", "proportion_full_masks": 1.0},
     "cover_edges": {"adapter.mask_resize": "cover", **EDGES},
     "cover_edges_late": {"adapter.mask_resize": "cover", **EDGES, "loss.start": 0.5},
     "cover_edges_strong": {"adapter.mask_resize": "cover", **EDGES, "loss.weight": 0.5},

@@ -51,6 +51,7 @@ def test_every_value_of_the_published_recipe():
     assert (loss.filter, loss.schedule, loss.weight, loss.normalise) == ("sobel", "constant", 1e-3, "map")
     assert (loss.mask_resize, loss.squared_mask, loss.denoising_weight) == ("nearest", True, 1.0)
     assert (canny.timestep_sampling, canny.proportion_empty_prompts) == ("cubic", 0.5)
+    assert canny.proportion_full_masks == 0
     assert (canny.learning_rate, canny.adam_beta1, canny.adam_beta2) == (8e-5, 0.9, 0.999)
     assert (canny.adam_weight_decay, canny.adam_epsilon, canny.max_grad_norm) == (1e-2, 1e-8, 1.0)
     assert (canny.lr_scheduler, canny.lr_warmup_steps) == ("linear", 500)
