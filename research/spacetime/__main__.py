@@ -9,7 +9,8 @@ The reader of micro scenes detects whether the objects are there, in their colou
 weights are optimised for the CLIP that also computes the CLIP score, not for the other figures.
 
 Layouts: ``true``, the boxes of the caption's scene; ``auto``, predicted from the caption. Writes images, weights,
-results.json, report.md and sheet.png into --output_dir; run the command again to resume.
+results.json, report.md and sheet.png into --output_dir; run the command again to resume. --against results.json of
+another run compares its rows with those of this one, caption by caption.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ def new_parser() -> Arguments:
     add("--scheduler", default="ddim", choices=sorted(SCHEDULERS), help="of all rows")
     add("--batch_size", type=int, default=16, help="images generated at once; does not change them")
     add("--device", default="cpu", help="auto, cpu, cuda, ...")
+    add("--against", type=Path, metavar="RESULTS.JSON", help="of other settings; the report has the differences to it")
     add("--output_dir", type=Path, default=Path("outputs/spacetime"), help="folder of all output")
     return parser
 

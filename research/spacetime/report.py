@@ -68,6 +68,14 @@ def relation_report(tables: Mapping[str, np.ndarray], optimised: int) -> tuple[s
     return "\n".join(lines) + "\n", figures
 
 
+def against_report(tables: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray]) -> str:
+    """Return the paired differences of each row to each row of another run on the same captions, in Markdown."""
+    there = [{row: some for row, some in run.items() if not np.isnan(some).all()} for run in (tables, others)]
+    pairs = [(row, other) for row in there[0] for other in there[1]]
+    rows = [(f"{row} - {other}", map(_gain, _intervals(there[0][row] - there[1][other]))) for row, other in pairs]
+    return "\n".join(["", *table(COLUMNS, rows, "this run - the other run"), ""])
+
+
 def _intervals(values: np.ndarray) -> list[Interval | None]:
     """Return one interval per column."""
     return [interval(column) for column in values.T]
