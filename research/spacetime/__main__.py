@@ -23,7 +23,7 @@ from localctl.bases import SCHEDULERS
 from localctl.cli.arguments import Arguments
 from localctl.cli.program import one_sentence
 from localctl.messages import loading
-from research.spacetime import LAYOUTS
+from research.spacetime import LAYOUTS, ROWS
 
 PROGRAM = "research.spacetime"
 
@@ -33,6 +33,7 @@ def new_parser() -> Arguments:
     parser = Arguments(PROGRAM, __doc__)
     add = parser.add_argument
     add("--count", type=int, default=200, help="held-out captions")
+    add("--rows", nargs="+", choices=ROWS, default=ROWS, help="which to generate; default: all")
     add("--optimised", type=int, default=40, help="number of captions to optimise weights for")
     add("--layout", choices=LAYOUTS, default="true", help="where the boxes come from")
     add("--layout_predictor", help="folder of the predictor for --layout auto; default: the shipped one")

@@ -38,7 +38,7 @@ ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "scheduled": ("spacetime", ("schedule=linear", "hide_phrases=false", "end=1")),
     "optimised": ("spacetime_optimized", ()),
 }
-_FREE = ("output_dir", "count", "optimised", "device", "against")  # options that change no image
+_FREE = ("output_dir", "count", "optimised", "device", "against", "rows")  # options that change no image
 
 
 def true_layout(item: Scene) -> Layout:
@@ -183,7 +183,8 @@ def run(options: argparse.Namespace) -> str:
     clip = find_clip(optimised.clip, pipe)
     arguments = {"num_inference_steps": options.num_inference_steps, "guidance_scale": options.guidance_scale}
     images = Images(pipe, clip, options.output_dir, arguments, options.batch_size)
-    counts = {row: options.optimised if row == "optimised" else len(cases) for row in rows}
+    asked = {row: options.optimised if row == "optimised" else len(cases) for row in options.rows}
+    counts = {row: asked.get(row, 0) for row in rows}
     generated = {row: images.of(row, controls, cases[: counts[row]]) for row, controls in rows.items()}
     tables = {}
     for row, some in generated.items():
