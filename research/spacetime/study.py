@@ -190,7 +190,7 @@ def run(options: argparse.Namespace) -> str:
     for row, some in generated.items():
         tables[row] = np.full((len(cases), len(COLUMNS)), np.nan)
         for index, image in enumerate(some):
-            tables[row][index] = measure(image, cases[index].item, clip)
+            tables[row][index] = measure(image, cases[index].item, cases[index].layout, clip)
     report, figures = relation_report(tables, counts["optimised"])
     report += against_report(tables, others) if others else ""
     about = provenance(
