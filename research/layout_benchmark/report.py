@@ -20,7 +20,7 @@ from research.layout_benchmark.figures import (
     ranked,
     read_figures,
 )
-from research.layout_benchmark.study import SHOWN
+from research.layout_benchmark.study import SHOWN, TIMED_STEPS
 from research.page import (
     base_note,
     cell,
@@ -244,11 +244,11 @@ def _costs(figures: Figures) -> list[str]:
             rows.append((name, [f"{cost['seconds']:.3f}", f"{cost['overhead']:+.0%}", peak]))
     if not rows:
         return []
-    device = figures.plain["provenance"]["device"]
+    device, steps = figures.plain["provenance"]["device"], figures.plain["asked"]["protocol"]["num_inference_steps"]
     return [
         "## Cost",
         "",
-        f"Measured on {device}, in turns with plain sampling, medians of a short run with",
+        f"Measured on {device}, in turns with plain sampling, medians of runs of {min(TIMED_STEPS, steps)} steps with",
         "the methods' own windows; memory is what a run holds beside what was there before.",
         "",
         *table(["seconds per image", "over plain", "peak MiB"], rows),

@@ -9,7 +9,8 @@ The reader of micro scenes detects whether the objects are there, in their colou
 weights are optimised for the CLIP that also computes the CLIP score, not for the other figures.
 
 Layouts: ``true``, the boxes of the caption's scene; ``auto``, predicted from the caption. Writes images, weights,
-results.json, report.md and sheet.png into --output_dir; run the command again to resume.
+results.json, report.md and sheet.png into --output_dir; run the command again to resume. --against results.json of
+another run compares its rows with those of this one, caption by caption.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from localctl.bases import SCHEDULERS
 from localctl.cli.arguments import Arguments
 from localctl.cli.program import one_sentence
 from localctl.messages import loading
-from research.spacetime import LAYOUTS
+from research.spacetime import LAYOUTS, ROWS
 
 PROGRAM = "research.spacetime"
 
@@ -32,6 +33,7 @@ def new_parser() -> Arguments:
     parser = Arguments(PROGRAM, __doc__)
     add = parser.add_argument
     add("--count", type=int, default=200, help="held-out captions")
+    add("--rows", nargs="+", choices=ROWS, default=ROWS, help="which to generate; default: all")
     add("--optimised", type=int, default=40, help="number of captions to optimise weights for")
     add("--layout", choices=LAYOUTS, default="true", help="where the boxes come from")
     add("--layout_predictor", help="folder of the predictor for --layout auto; default: the shipped one")
@@ -48,6 +50,7 @@ def new_parser() -> Arguments:
     add("--scheduler", default="ddim", choices=sorted(SCHEDULERS), help="of all rows")
     add("--batch_size", type=int, default=16, help="images generated at once; does not change them")
     add("--device", default="cpu", help="auto, cpu, cuda, ...")
+    add("--against", type=Path, metavar="RESULTS.JSON", help="of other settings; the report has the differences to it")
     add("--output_dir", type=Path, default=Path("outputs/spacetime"), help="folder of all output")
     return parser
 

@@ -21,13 +21,14 @@ from localctl.jobs.variants import read_variants
 from localctl.layout import Layout, Region
 from localctl.layout_predictor.model import load_predictor
 from localctl.metrics.clip import Clip
+from localctl.micro.detect import VERSION
 from localctl.micro.scenes import SIZE, Scene, article
 from localctl.pipelines import BaseConfig, load_pipeline, resolve_base, set_scheduler
 from localctl.weight_search.weights import OptimizedSpaceTime, find_clip, optimize_weights
 from research.flags import check_least, make_folder
-from research.harness import Case, as_rows, check_same, first_scenes, generate_cases, provenance, write_result
+from research.harness import Case, as_rows, as_table, check_same, first_scenes, generate_cases, provenance, write_result
 from research.spacetime import LAYOUTS
-from research.spacetime.report import COLUMNS, measure, relation_report, relation_sheet
+from research.spacetime.report import COLUMNS, against_report, measure, relation_report, relation_sheet
 
 # By row: the name of the control, as in sample.py, and its settings.
 ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -37,7 +38,7 @@ ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "scheduled": ("spacetime", ("schedule=linear", "hide_phrases=false", "end=1")),
     "optimised": ("spacetime_optimized", ()),
 }
-_FREE = ("output_dir", "count", "optimised", "device")  # options that change no image
+_FREE = ("output_dir", "count", "optimised", "device", "against", "rows")  # options that change no image
 
 
 def true_layout(item: Scene) -> Layout:
@@ -144,6 +145,28 @@ def claim(options: argparse.Namespace, cases: Sequence[Case]) -> dict[str, Any]:
     return content
 
 
+def other_run(path: Path, cases: Sequence[Case], weights: dict[str, str]) -> dict[str, np.ndarray]:
+    """Return the values of a stored run on ``cases`` by row.
+
+    Raises:
+        ValueError: the file is not a result of the study, lacks a caption, or is of another base or reader.
+    """
+    content = read_json(path, "results")
+    about = content.get("provenance", {})
+    layouts = about.get("settings", {}).get("layouts")
+    if "samples" not in content or layouts is None:
+        raise ValueError(f"{path} is no result of research.spacetime; give the results.json of a run.")
+    if {case.id for case in cases} != set(sorted(layouts, key=int)[: len(cases)]):
+        raise ValueError(f"{path} has {len(layouts)} captions, and not all {len(cases)} of this run; lower --count.")
+    check_same(
+        path,
+        {"weights": about["settings"]["weights_sha256"], "reader": about.get("reader", 1)},
+        {"weights": weights, "reader": VERSION},
+        "the results of another run",
+    )
+    return {row: as_table(samples)[: len(cases)] for row, samples in content["samples"].items()}
+
+
 def run(options: argparse.Namespace) -> str:
     """Generate, measure, write all files, and return the report."""
     rows = controls_of_rows(options.set, options.base)
@@ -152,6 +175,7 @@ def run(options: argparse.Namespace) -> str:
         options.guidance_scale = preset or resolve_base(options.base).guidance_scale
     cases = relation_cases(options.count, layout_source(options.layout, options.layout_predictor))
     settings = claim(options, cases)
+    others = other_run(options.against, cases, settings["weights_sha256"]) if options.against else {}
     pipe = load_pipeline(BaseConfig(name=options.base), device=options.device)
     pipe.set_progress_bar_config(disable=True)
     set_scheduler(pipe, options.scheduler)
@@ -159,20 +183,23 @@ def run(options: argparse.Namespace) -> str:
     clip = find_clip(optimised.clip, pipe)
     arguments = {"num_inference_steps": options.num_inference_steps, "guidance_scale": options.guidance_scale}
     images = Images(pipe, clip, options.output_dir, arguments, options.batch_size)
-    counts = {row: options.optimised if row == "optimised" else len(cases) for row in rows}
+    asked = {row: options.optimised if row == "optimised" else len(cases) for row in options.rows}
+    counts = {row: asked.get(row, 0) for row in rows}
     generated = {row: images.of(row, controls, cases[: counts[row]]) for row, controls in rows.items()}
     tables = {}
     for row, some in generated.items():
         tables[row] = np.full((len(cases), len(COLUMNS)), np.nan)
         for index, image in enumerate(some):
-            tables[row][index] = measure(image, cases[index].item, clip)
+            tables[row][index] = measure(image, cases[index].item, cases[index].layout, clip)
     report, figures = relation_report(tables, counts["optimised"])
+    report += against_report(tables, others) if others else ""
     about = provenance(
         COLUMNS,
         len(cases),
         counts,
         "none",
         "1000 + number of the scene, the same for every row",
+        reader=VERSION,
         clip={"weights_sha256": clip.weights_sha256, "side": clip.side},
         settings=settings,
     )
