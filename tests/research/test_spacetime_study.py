@@ -112,7 +112,7 @@ def test_a_run_is_continued_and_repeats_itself(
     found = json.loads((folder / "weights" / "000000.json").read_text())
     assert np.shape(found["weights"]) == (2, 2) and len(found["losses"]) == 1
     results = json.loads((folder / "results.json").read_text())
-    assert results["provenance"]["n_fake"]["optimised"] == 1 and results["samples"]["optimised"][1] == [None] * 4
+    assert results["provenance"]["n_fake"]["optimised"] == 1 and results["samples"]["optimised"][1] == [None] * 5
     lost = folder / "images" / "optimised" / "000000.png"
     lost.unlink()
     made: list[int] = []
