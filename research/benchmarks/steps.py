@@ -25,6 +25,7 @@ from localctl.training.adapter_plan import plan_adapter
 from localctl.training.cost import Cost, count_step
 from localctl.training.folder import RunFolder
 from localctl.training.loop import Run
+from localctl.training.schedule import FIRST_LOCAL, first_local_step
 from localctl.training.settings import TrainSettings
 from localctl.training.state import TrainState, new_accelerator, new_state
 from research.benchmarks.shapes import shape_of
@@ -127,6 +128,7 @@ class Steps:
         if variant.change is not None:
             variant.change(self.state)
         if not variant.plain:
+            self.state.info[FIRST_LOCAL] = first_local_step(self.settings)
             self._run = Run(self.state, _Nothing(ROWS), None, RunFolder(folder), None, Interrupt(None))
 
     def use(self, pool: Sequence[Batch]) -> None:
