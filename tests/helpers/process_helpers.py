@@ -53,7 +53,7 @@ def start_ranks(count: int, work: Callable[..., int | None], *arguments: Any) ->
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": ""}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), **place}
     return [start(work, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(count)]
 
