@@ -47,6 +47,7 @@ _REPLACED = {
     "image": ("condition_image",),
     "condition_image": ("image", "condition_model", "condition_detector"),
     "resolution": ("height", "width"),
+    "layout": ("region_negatives",),
     "compare": ("control", "sweep"),
     "control": ("compare",),
     "sweep": ("compare",),

@@ -76,7 +76,7 @@ def _check_controls(
         if not guided and any(isinstance(control, NegativePrompts) for control in variant.controls):
             raise ValueError(
                 f"Negative prompts of regions do nothing without guidance; {base.guidance.way_on()}, or leave them out "
-                "with --region_negatives false."
+                "of the layout, or with --region_negatives false."
             )
         if names and phrases:
             base.family.check_located(base.pipeline)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from localctl.jobs.embedded import Record, read_embedded, settings_in, unpack
-from localctl.jobs.settings import INPUTS, PLACES, SampleSettings, command_line, names_file
+from localctl.jobs.settings import INPUTS, PLACES, SampleSettings, command_line, earlier_regions, names_file
 
 PROGRAM = "python sample.py"
 _INPUTS = "inputs"
@@ -29,7 +29,7 @@ class Bundle:
 def bundle_of(image: Path, folder: Path) -> Bundle:
     """Write what leaves with an image to ``folder``, once. ValueError for a file without a record."""
     record = read_embedded(image)
-    options = unpack(record, folder) | _left_out(record, image, folder)
+    options = unpack(record, folder) | earlier_regions(record["options"]) | _left_out(record, image, folder)
     relative = {name: _below(value, folder) for name, value in options.items()}
     command = command_line(SampleSettings(**relative), PROGRAM).replace(f"'{PROGRAM}'", PROGRAM, 1)
     layouts = options.get("layout") or []

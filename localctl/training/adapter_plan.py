@@ -123,7 +123,10 @@ def _masked(settings: TrainSettings, saved: SavedAdapter | None) -> AdapterConfi
     if saved is None:
         return settings.adapter
     if saved.local:
-        return settings.adapter.filled(**_of(saved))
+        own = _of(saved)
+        if settings.adapter.mask_condition is False:
+            own["dim_condition"] = False  # of no use without it
+        return settings.adapter.filled(**own)
     return settings.adapter.filled(mask_resize=settings.base_defaults.mask_resize, **MASKING)
 
 

@@ -38,7 +38,7 @@ FREE = {
     "base.variant": "as base.name",
     "base.local_files_only": "how the same weights are fetched",
     "base.vae": "as base.name",
-    "adapter_model_name_or_path": "the weights before the first step",
+    "adapter_model_name_or_path": "the weights before the first step; what it says of masks is compared",
     "adapter.unconditional_scale": "how images are generated; training does not use it",
     "max_train_steps": "to train longer; learning rates that fall to the end follow the new length",
     "num_train_epochs": "as max_train_steps",

@@ -55,10 +55,12 @@ def first_local_step(settings: TrainSettings, before: Mapping[str, Any] | None =
     it was, also in a run of another length.
     """
     start, steps = settings.loss.start, settings.steps
-    if before is not None and before["settings"].get("loss", {}).get("start") == start:
+    recorded = (before or {}).get("settings")
+    loss = recorded.get("loss") if isinstance(recorded, Mapping) else None
+    if before and isinstance(recorded, Mapping) and isinstance(loss, Mapping) and loss.get("start") == start:
         if (known := before.get(FIRST_LOCAL)) is not None:
             return int(known)
-        steps = before["settings"]["max_train_steps"]
+        steps = recorded.get("max_train_steps") or steps
     return math.ceil(start * steps)
 
 

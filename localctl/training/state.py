@@ -225,6 +225,8 @@ def new_accelerator(settings: TrainSettings) -> Accelerator:
     """Return the Accelerator for ``settings``. ValueError if the machine cannot do what they ask for, or if this
     process would not train together with the others that were started with it."""
     started = processes()[1]
+    if started > 1 and "LOCAL_RANK" not in os.environ:  # accelerate would wait for the others, or train alone
+        raise _not_joined(started)
     accelerator = Accelerator(
         cpu=started > 1 and not _has_own_backend(),  # accelerate joins processes without GPUs only if asked to
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
@@ -232,13 +234,17 @@ def new_accelerator(settings: TrainSettings) -> Accelerator:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
     )
     if started > 1 and accelerator.num_processes == 1:
-        raise ValueError(
-            f"WORLD_SIZE={started} names {started} processes, but accelerate does not join this one to the others; "
-            "start them with torchrun, or unset WORLD_SIZE to train in one process."
-        )
+        raise _not_joined(started)
     if accelerator.device.type == "cpu":
         set_cpu_threads(settings.cpu_threads, accelerator.num_processes, os.environ, launcher_environment())
     return accelerator
+
+
+def _not_joined(started: int) -> ValueError:
+    return ValueError(
+        f"WORLD_SIZE={started} names {started} processes, but accelerate does not join this one to the others; start "
+        "them with torchrun, or unset WORLD_SIZE to train in one process."
+    )
 
 
 def _has_own_backend() -> bool:

@@ -124,6 +124,7 @@ def test_the_negative_prompt_of_a_region_acts_and_not_in_records_of_before(
     Path("out/sample.json").write_text(json.dumps(record))
     assert sample.main(["--from_json", "out/sample.json", "--output_dir", "before"]) == 0
     assert_same(pixels("before"), {"00_seed3_bias.png": earlier, "00_seed3_none.png": plain})
+    assert parse(["--from_json", "out/sample.json", "--layout", "scene.json"]).region_negatives is True  # a new layout
     job = prepare(parse([*BASIC, "--region_negatives", "false"]))
     assert job.notes == ["Negative prompts of regions do nothing with --region_negatives false."]
     unguided = "Negative prompts of regions do nothing without guidance; give a --guidance_scale above 1, or leave them"

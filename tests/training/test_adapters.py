@@ -89,6 +89,8 @@ def test_what_is_left_open_is_as_in_the_adapter_to_continue_from(make_adapter, p
     ):
         assert re.search(line, notes), line
     assert len(notes.splitlines()) == 4
+    whole = continued(replace(run.settings, adapter=AdapterConfig(mask_condition=False))).adapter
+    assert (whole.mask_condition, whole.dim_condition) == (False, False)  # which would have no effect
     run.folder.release()
     other = ConditionConfig(kind="sobel", channels_used="rgb")
     continued(replace(run.settings, adapter=AdapterConfig(), condition=other))

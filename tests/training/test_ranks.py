@@ -8,6 +8,7 @@ import signal
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import pytest
 import torch
 from ddp_worker import settings_for, small_pictures
 from process_helpers import finish, start_ranks
@@ -64,11 +65,14 @@ def test_processes_that_torchrun_starts_without_a_gpu_train_together_and_the_fir
     assert [row["step"] for row in read_stats(tmp_path / "run")] == [1, 2]
 
 
-def unjoined(base: Path, folder: Path) -> int:
-    """Make the accelerator as on a machine with a GPU, without the variable by which accelerate knows a local rank."""
-    del os.environ["LOCAL_RANK"]
-    torch.accelerator.is_available = lambda: True
-    torch.accelerator.current_accelerator = lambda: torch.device("cuda")
+def unjoined(base: Path, folder: Path, with_rank: bool) -> int:
+    """Make the accelerator without the variable by which accelerate knows a local rank, or with a device of which it
+    knows nothing."""
+    if with_rank:
+        torch.accelerator.is_available = lambda: True
+        torch.accelerator.current_accelerator = lambda: torch.device("cuda")
+    else:
+        del os.environ["LOCAL_RANK"]
     try:
         new_accelerator(settings_for(base, folder, "none", 1))
     except ValueError as error:
@@ -76,8 +80,9 @@ def unjoined(base: Path, folder: Path) -> int:
     return 0
 
 
-def test_a_process_that_is_not_joined_to_the_others_does_not_train(sd_folder, tmp_path):
-    [process] = start_ranks(2, unjoined, sd_folder, tmp_path)[:1]
+@pytest.mark.parametrize("with_rank", [True, False])
+def test_a_process_that_is_not_joined_to_the_others_does_not_train(with_rank, sd_folder, tmp_path):
+    [process] = start_ranks(2, unjoined, sd_folder, tmp_path, with_rank)[:1]
     assert finish(process) == 0
     assert (tmp_path / "said").read_text().startswith("WORLD_SIZE=2 names 2 processes, but accelerate does not join")
 

@@ -104,6 +104,9 @@ def test_a_local_term_begins_where_it_did_in_a_run_of_another_length(sd_folder, 
     earlier = {"settings": asdict(settings)}  # of a version that did not record the step
     assert first_local_step(replace(settings, max_train_steps=10), earlier) == 1
     assert first_local_step(other, earlier) == first_local_step(other) == 8
+    cut = {"settings": {"loss": {"start": 0.5}, "max_train_steps": None}}
+    for unreadable in ({}, {"settings": {"loss": None}}, cut):  # are refused where settings are compared
+        assert first_local_step(replace(settings, max_train_steps=10), unreadable) == 5
 
 
 def test_a_setting_that_did_not_exist_yet_had_its_default():
