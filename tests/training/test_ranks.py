@@ -9,7 +9,6 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
-import torch
 from ddp_worker import settings_for, small_pictures
 from process_helpers import finish, start_ranks
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -18,7 +17,7 @@ from training_helpers import silent_run
 from localctl.adapter_files import find_adapter
 from localctl.cli import train
 from localctl.distributed import LostProcess, leave
-from localctl.training import data, loop
+from localctl.training import data, loop, state
 from localctl.training.checkpoints import list_checkpoints
 from localctl.training.state import new_accelerator
 from localctl.training.trackers import read_stats
@@ -66,11 +65,10 @@ def test_processes_that_torchrun_starts_without_a_gpu_train_together_and_the_fir
 
 
 def unjoined(base: Path, folder: Path, with_rank: bool) -> int:
-    """Make the accelerator without the variable by which accelerate knows a local rank, or with a device of which it
-    knows nothing."""
+    """Make the accelerator without the variable by which accelerate knows a local rank, or as on a machine with a
+    device of which accelerate knows nothing."""
     if with_rank:
-        torch.accelerator.is_available = lambda: True
-        torch.accelerator.current_accelerator = lambda: torch.device("cuda")
+        state._has_own_backend = lambda: True
     else:
         del os.environ["LOCAL_RANK"]
     try:

@@ -232,7 +232,7 @@ def test_the_manifest_says_what_was_trained(sd_folder, tmp_path):
     assert info["world_size"] == 1 and info["config_sha256"] == config_hash(settings)
     assert info["data"] == data_fingerprint(MicroScenes(count=6)) and len(info["base_first_values"]) == 64
     assert len(info["base"]["weights of unet"]) == 64 and info["base"]["scheduler.prediction_type"] == "epsilon"
-    assert info["versions"]["torch"] == torch.__version__ and info["settings"]["seed"] == 0
+    assert torch.__version__.startswith(info["versions"]["torch"]) and info["settings"]["seed"] == 0  # without +cu130
 
     resumed = replace(settings, resume_from_checkpoint="latest", max_train_steps=2)
     for changed in (replace(resumed, seed=1), replace(resumed, data=replace(settings.data, count=7))):
