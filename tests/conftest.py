@@ -14,8 +14,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from loaded_once import Copies
-from loaded_once import loaded_once as loaded_once
+from pipeline_copies import Copies
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from localctl.adapter import LocalAdapter

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from addon_files import random_controlnet, save_ip_adapter, save_lora, save_word
 from conftest import CHANNELS
-from loaded_once import Copies
 from PIL import Image
+from pipeline_copies import Copies
 from sample_helpers import PLAIN, QUICK, assert_same, pixels
 
 from localctl.adapter import LocalAdapter

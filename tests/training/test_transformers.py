@@ -197,21 +197,21 @@ def test_gradients_are_the_same_with_checkpointing_and_with_weights_that_are_awa
     from diffusers.hooks.group_offloading import ModuleGroup
 
     base, changes = family_folders(name), {"width": 32 if name == "flux2" else 16}
-    stored: dict[int, torch.Tensor] = {}
+    stored: dict[torch.nn.Parameter, torch.Tensor] = {}  # by identity; while it is here, no other has its place
     onload, moves, here = ModuleGroup.onload_, [], set()
 
     def leave(group: Any) -> None:
         here.discard(id(group))
         for module in group.modules:
             for parameter in module.parameters():
-                stored.setdefault(id(parameter), parameter.data)
+                stored.setdefault(parameter, parameter.data)
                 parameter.data = torch.full_like(parameter.data, torch.nan)
 
     def come(group: Any) -> None:
         onload(group)
         for module in group.modules:
             for parameter in module.parameters():
-                parameter.data = stored.get(id(parameter), parameter.data)
+                parameter.data = stored.get(parameter, parameter.data)
         here.add(id(group))
         moves.append(len(here))
 
