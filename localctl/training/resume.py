@@ -23,7 +23,7 @@ from localctl.data.fingerprint import COUNT, NAMES
 from localctl.data.sample import Source
 from localctl.files import sha256, sha256_of_json
 from localctl.redaction import MASKED, flat, recorded
-from localctl.training.schedule import FIRST_LOCAL
+from localctl.training.schedule import FIRST_LOCAL, section
 from localctl.training.settings import TrainSettings
 
 logger = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     Settings are compared by :func:`setting_changes`; masked values by the hash of all settings, if both descriptions
     have the same ones.
     """
-    old, new = flat(_part(before, "settings")), flat(now["settings"])
+    old, new = flat(section(before, "settings")), flat(now["settings"])
     lines = setting_changes(old, new)
     masked = any(_masked(*pair) for pair in _compared(old, new).values())
     comparable = old.keys() == new.keys()
@@ -223,12 +223,6 @@ def _content_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     return lines + [f"{name}: {_short(before[name])} -> {_short(now[name])}" for name in changed]
 
 
-def _part(before: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """Return a section of a manifest; empty if it is missing or no mapping."""
-    found = before.get(name)
-    return found if isinstance(found, Mapping) else {}
-
-
 def _short(value: Any) -> str:
     """Return the beginning of a digest or of a long value; other values whole."""
     text = str(value)
@@ -242,7 +236,7 @@ def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], *, force:
 
     Other versions of libraries, and a new length that changes the learning rate, are logged and never an error.
     """
-    versions = _part(before, "versions")
+    versions = section(before, "versions")
     pairs = [(name, versions.get(name), new) for name, new in now["versions"].items()]
     updated = [f"{name} {old} -> {new}" for name, old, new in pairs if old != new]
     if updated:
@@ -250,13 +244,13 @@ def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], *, force:
             "Library versions differ from the checkpoint's, so numbers may differ in the last digits: "
             f"{', '.join(updated)}."
         )
-    length = [_part(before, "settings").get("max_train_steps"), now["settings"]["max_train_steps"]]
+    length = [section(before, "settings").get("max_train_steps"), now["settings"]["max_train_steps"]]
     if length[0] != length[1] and now["settings"]["lr_scheduler"] not in CONSTANT:
         logger.info(
             f"max_train_steps {length[0]} -> {length[1]}: the learning rate follows the new length from here on."
         )
     start = now["settings"]["loss"]["start"]
-    if length[0] != length[1] and start and _part(_part(before, "settings"), "loss").get("start") == start:
+    if length[0] != length[1] and start and section(section(before, "settings"), "loss").get("start") == start:
         logger.info(
             f"max_train_steps {length[0]} -> {length[1]}: the local term begins after step {now[FIRST_LOCAL]}, "
             "as before."

@@ -55,13 +55,18 @@ def first_local_step(settings: TrainSettings, before: Mapping[str, Any] | None =
     it was, also in a run of another length.
     """
     start, steps = settings.loss.start, settings.steps
-    recorded = (before or {}).get("settings")
-    loss = recorded.get("loss") if isinstance(recorded, Mapping) else None
-    if before and isinstance(recorded, Mapping) and isinstance(loss, Mapping) and loss.get("start") == start:
+    recorded = section(before or {}, "settings")
+    if before and section(recorded, "loss").get("start") == start:
         if (known := before.get(FIRST_LOCAL)) is not None:
             return int(known)
         steps = recorded.get("max_train_steps") or steps
     return math.ceil(start * steps)
+
+
+def section(before: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return a section of a manifest; empty if it is missing or no mapping."""
+    found = before.get(name)
+    return found if isinstance(found, Mapping) else {}
 
 
 def bound_steps(settings: TrainSettings, samples: int, processes: int = 1) -> TrainSettings:
