@@ -69,7 +69,7 @@ nature: tree 6 9, oak 9 11, pine 5 12, palm 4 9, willow 8 9, bush 1.5 1.2, flowe
   sunflower .3 1.5, cactus .6 1.4, mushroom .12 .12, plant .5 .8, hill 60 20, mountain 300 150, volcano 300 150,
   cliff 60 50, rock 1.5 1, stone .4 .3, waterfall 8 20, river 40 8, lake 80 15, sea 200 40, ocean 200 40,
   island 80 20, beach 80 15, field 80 15, meadow 60 12, forest 80 30, garden 15 5, cloud 60 20, moon 20 20,
-  sun 20 20, star 5 5, rainbow 120 60, sky 200 80, road 60 10, street 60 10, path 20 4, snow 40 8, grass 20 3
+  sun 20 20, rainbow 120 60, sky 200 80, road 60 10, street 60 10, path 20 4, snow 40 8, grass 20 3
 """
 # words that name a kind: "the bird" after "an owl"
 _KIND_WORDS = {

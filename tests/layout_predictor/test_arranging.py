@@ -13,6 +13,7 @@ from localctl.layout_predictor.nouns import known_noun, nouns, singular, typical
 from localctl.layout_predictor.placing import PlaceDensity
 from localctl.layout_predictor.reading import AXES, Reading, Relation, read
 from localctl.layout_predictor.relations import NEAR
+from localctl.micro.shapes import SHAPES
 from research.layout_predictor.measure import is_inside, largest_overlap
 
 CHAIN = "A clock above a piano, the piano above a rug, a lamp to the left of the piano and a plant right of the piano."
@@ -90,6 +91,7 @@ def test_the_table_of_nouns() -> None:
         "wolf", "cup", "hat", None,
     ]  # fmt: skip
     assert typical_size("quokka") is None
+    assert not any(typical_size(f"a red {shape}") for shape in SHAPES), "the shapes of the embedded base have no metres"
 
 
 def test_what_is_on_stands_on_it() -> None:
