@@ -162,6 +162,11 @@ def read_index(spec: BaseSpec, where: dict[str, Any]) -> dict[str, Any]:
     return index
 
 
+def has_part(index: Mapping[str, Any], name: str) -> bool:
+    """Return whether a base has a part, by its ``model_index.json`` or the config of its pipeline."""
+    return index.get(name) not in (None, [None, None], (None, None))
+
+
 def defaults_of(name: str, where: dict[str, Any]) -> BaseSpec | None:
     """Return the defaults of a base: its own if it is known by name, else those of its kind of pipeline, by its
     ``model_index.json``; None if that is not here, or the base cannot be found.
@@ -257,7 +262,7 @@ def check_files(folder: Path, index: Mapping[str, Any], replaced: frozenset[str]
     """
     for name, needed in _NEEDED.items():
         listed = index.get(name)
-        if name in replaced or name not in index or listed in (None, [None, None]):
+        if name in replaced or not has_part(index, name):
             continue
         if not (isinstance(listed, list) and len(listed) == 2 and all(isinstance(item, str) for item in listed)):
             raise ValueError(f"model_index.json says {shown(listed)} of {name}, not [library, class]")

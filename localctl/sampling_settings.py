@@ -14,6 +14,7 @@ _OF_THE_CALL = (
     *("true_cfg_scale", "max_sequence_length"),
 )
 _AT_LEAST_ONE = ("num_inference_steps", "batch_size")
+_AT_LEAST_ZERO = ("max_sequence_length", "eta", "guidance_rescale")
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Sampling:
             text, and long prompts are cut.
 
     Raises:
-        ValueError: an unknown scheduler, an empty list of seeds, a count below 1 or a scale that is not finite.
+        ValueError: an unknown scheduler, an empty list of seeds, a number that is too low or not finite.
     """
 
     scheduler: str | None = None
@@ -63,8 +64,10 @@ class Sampling:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"The {name.replace('_', ' ')} must be at least 1, not {value}.")
-        if self.max_sequence_length is not None and self.max_sequence_length < 0:
-            raise ValueError(f"The max sequence length must be at least 0, not {self.max_sequence_length}.")
+        for name in _AT_LEAST_ZERO:
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"The {name.replace('_', ' ')} must be at least 0, not {value}.")
         for name in ("guidance_scale", "guidance_rescale", "eta", "true_cfg_scale"):
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):

@@ -174,6 +174,8 @@ def test_a_size_is_the_base_s_or_a_multiple_of_its_tokens(here: Path, family_fol
         ("sd3", "--true_cfg_scale 2", "A StableDiffusion3Pipeline takes no true_cfg_scale"),
         ("sd3", "--max_sequence_length=-1", "The max sequence length must be at least 0, not -1"),
         ("flux", "--max_sequence_length 513", "is 513, but a FluxPipeline reads at most 512 tokens of a prompt; low"),
+        ("flux", "--max_sequence_length 0", "is 0, with which a FluxPipeline reads no prompt; give at least 1"),
+        ("sd3", "--max_sequence_length 0", "is 0, with which a StableDiffusion3Pipeline reads no prompt"),
         ("z_image", "--max_sequence_length 225", "is 225, but a ZImagePipeline reads at most 224 tokens"),
         ("sd3", "--clip_skip 2", "--clip_skip must be a whole number from 0 to 1 with this base, not 2"),
         ("qwen_image", "--guidance_scale 4", "ignores --guidance_scale; give --true_cfg_scale in place of it"),
@@ -260,6 +262,13 @@ def test_distilled_bases_ignore_guidance(
         given = ["--base", str(changed(family_folders(name), here / name, file, change)), "--prompt", PROMPT]
         assert prepare(parse(given)).options.guidance_scale is None
         refused_early([*given, "--guidance_scale", "3"], "ignores --guidance_scale", monkeypatch, capsys)
+
+
+def test_sd3_without_t5_reads_clip_s_tokens_alone(here: Path, family_folders: Folders) -> None:
+    """Of whose number ``max_sequence_length`` says nothing."""
+    change = {name: [None, None] for name in ("text_encoder_3", "tokenizer_3")}
+    folder = changed(family_folders("sd3"), here / "sd3", "model_index.json", change)
+    assert run_on(folder, "out", "--prompt", PROMPT, "--max_sequence_length", "0")
 
 
 def test_phrases_need_a_base_in_whose_tokens_they_are_located(
