@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
-from localctl.bases import BASES, MOST_STEPS, SCHEDULERS, SIGMAS, same_base
+from localctl.bases import MOST_STEPS, OWN_DEFAULTS, SCHEDULERS, SIGMAS, defaults_of, known_base
 
 _OF_THE_CALL = (
     *("num_inference_steps", "guidance_scale", "guidance_rescale", "clip_skip", "eta"),
@@ -105,7 +106,10 @@ FREE = Sampling()  # leaves every setting open
 
 
 def own_sampling(base: str) -> Sampling:
-    """Return the default sampling settings of a base, by name or folder; :data:`FREE` for an unknown one."""
-    known = next((spec for name, spec in BASES.items() if base and same_base(name, base)), None)
+    """Return the default sampling settings of a base, known by name or folder or stated in its folder; :data:`FREE` for
+    an unknown one."""
+    known = known_base(base)
+    if known is None and Path(base, OWN_DEFAULTS).is_file():
+        known = defaults_of(base, {"local_files_only": True})
     own: dict[str, Any] = {} if known is None else {known.guided_by: known.guidance_scale}
     return replace(FREE, **own)

@@ -64,12 +64,16 @@ class Abilities:
     @cached_property
     def guidance(self) -> Guidance:
         """How it is guided."""
+        own = own_sampling(self.base.name)
         if self.is_unet:
-            return Guidance(resolve_base(self.base.name, one_file=True).guidance_scale)
+            usual = resolve_base(self.base.name, one_file=True).guidance_scale
+            return Guidance(usual if own.guidance_scale is None else own.guidance_scale)
         found = self.family.guidance(self.config, self.shape.index)
-        if found.scale is None or (scale := own_sampling(self.base.name).guidance_scale) is None:
+        if found.true_cfg_scale is not None and own.true_cfg_scale is not None:
+            return replace(found, true_cfg_scale=own.true_cfg_scale)
+        if found.scale is None or own.guidance_scale is None:
             return found
-        return replace(found, scale=scale)
+        return replace(found, scale=own.guidance_scale)
 
     @property
     def sampling(self) -> Sampling:

@@ -20,8 +20,10 @@ from localctl.cli.sample import parse
 from localctl.control.region_bias import RegionBias
 from localctl.jobs.prepare import Job, prepare
 from localctl.layout import Layout, Region
-from localctl.pipelines import load_pipeline
+from localctl.pipelines import BaseConfig, load_pipeline
 from localctl.sampling import generate
+from localctl.sampling_settings import own_sampling
+from localctl.training.settings import TrainSettings
 
 pytest_plugins = ["families"]
 
@@ -151,6 +153,32 @@ def test_guidance_is_the_pipeline_s_and_recorded(
     options = job.options
     assert (options.guidance_scale, options.true_cfg_scale, options.negative_prompt) == (guidance, second, negative)
     assert options.scheduler is None and job.size == (SIDE, SIDE)
+
+
+@pytest.mark.parametrize("stated", [None, 2.5])
+def test_every_program_generates_with_the_guidance_that_a_base_states(
+    here: Path, family_folders: Folders, sd_folder: Path, stated: float | None
+) -> None:
+    for name in (*FAMILIES, "sd"):
+        folder = shutil.copytree(sd_folder if name == "sd" else family_folders(name), here / name)
+        if stated is not None:
+            (folder / "localctl.json").write_text(json.dumps({"guidance_scale": stated}))
+        options = prepare(parse(["--base", str(folder), "--prompt", PROMPT])).options
+        scale = options.true_cfg_scale if name == "qwen_image" else options.guidance_scale
+        assert scale == stated or stated is None
+        settings = TrainSettings(base=BaseConfig(name=str(folder)))
+        assert settings.validation.guidance_scale == settings.early_stopping.guidance_scale == scale
+        python = own_sampling(str(folder))
+        assert (python.true_cfg_scale if name == "qwen_image" else python.guidance_scale) == stated
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"guidance_scale": "2"}', '{"guidance_scale": 2, "scheduler": "ddim"}'])
+def test_what_a_base_states_is_checked(
+    here: Path, sd_folder: Path, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(sd_folder, here / "sd")
+    (here / "sd" / "localctl.json").write_text(text)
+    refused_early(["--base", "sd", "--prompt", PROMPT], "The file sd/localctl.json ", monkeypatch, capsys)
 
 
 def test_a_size_is_the_base_s_or_a_multiple_of_its_tokens(here: Path, family_folders: Folders) -> None:
