@@ -25,6 +25,7 @@ from localctl.bases import (
     TRANSFORMER_PIPELINES,
     BaseConfig,
     check_folder,
+    has_part,
     not_loaded,
     read_index,
     read_json,
@@ -128,7 +129,7 @@ def _read(base: BaseConfig, local_files_only: bool) -> BaseShape:
     )
     index = read_index(spec, where)
     check_folder(base, index)
-    names = [name for name in _PARTS if index.get(name) not in (None, [None, None])]
+    names = [name for name in _PARTS if has_part(index, name)]
     parts = {name: read_json(spec, f"{name}/config.json", where) for name in names}
     if index["_class_name"] in TRANSFORMER_PIPELINES:  # the classes of text encoders stand in the index alone
         parts = {name: {**config, CLASS: index[name][1]} for name, config in parts.items()}

@@ -25,7 +25,7 @@ class BaseSpec:
     mask_resize: default of the adapters that are trained on it (``LocalAdapter``): on micro the one with the strongest
         control (docs/ablation_choices.md); on others nothing was measured.
     pipelines: the classes of pipelines with transformers for which these are the defaults. guided_by: the argument of
-        theirs that the guidance scale is.
+        theirs that the guidance scale is. usual_scale: that of other bases with these pipelines; None: the same.
     """
 
     name: str
@@ -38,6 +38,7 @@ class BaseSpec:
     pipelines: tuple[str, ...] = ()
     guided_by: str = "guidance_scale"
     mask_resize: MaskResize = "area"
+    usual_scale: float | None = None
 
 
 def _flow(name: str, id: str, guidance_scale: float, *pipelines: str) -> BaseSpec:
@@ -58,10 +59,12 @@ BASES = {
         timestep_sampling="uniform",
         pipelines=("PixArtSigmaPipeline", "PixArtAlphaPipeline"),
     ),
-    "sd3": _flow("sd3", "stabilityai/stable-diffusion-3.5-medium", 4.5, "StableDiffusion3Pipeline"),
+    "sd3": replace(
+        _flow("sd3", "stabilityai/stable-diffusion-3.5-medium", 4.5, "StableDiffusion3Pipeline"), usual_scale=7.0
+    ),
     "flux": _flow("flux", "black-forest-labs/FLUX.1-dev", 3.5, "FluxPipeline"),
     "flux2": _flow("flux2", "black-forest-labs/FLUX.2-klein-4B", 4.0, "Flux2KleinPipeline", "Flux2Pipeline"),
     "qwen_image": replace(_flow("qwen_image", "Qwen/Qwen-Image", 4.0, "QwenImagePipeline"), guided_by="true_cfg_scale"),
-    "z_image": _flow("z_image", "Tongyi-MAI/Z-Image-Turbo", 0.0, "ZImagePipeline"),
+    "z_image": replace(_flow("z_image", "Tongyi-MAI/Z-Image-Turbo", 0.0, "ZImagePipeline"), usual_scale=5.0),
 }
 TRANSFORMER_PIPELINES = tuple(name for spec in BASES.values() for name in spec.pipelines)

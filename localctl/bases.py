@@ -3,6 +3,7 @@ truncated or damaged. This module loads neither models nor torch."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from localctl.schedulers import SIGMAS as SIGMAS
 from localctl.schedulers import SchedulerName as SchedulerName
 from localctl.sizes import shown
 
+OWN_DEFAULTS = "localctl.json"  # of a base, in its folder
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # OWNER/NAME
 DtypeName = Literal["float32", "float16", "bfloat16"]
 DTYPE_NAMES: tuple[str, ...] = get_args(DtypeName)
@@ -80,7 +82,7 @@ def resolve_base(name: str, one_file: bool = False) -> BaseSpec:
     if path.is_dir():
         if not (path / "model_index.json").is_file():
             raise ValueError(f"The base folder {path} has no model_index.json; give a saved diffusers pipeline.")
-        return spec or BaseSpec(name, str(path.resolve()))
+        return spec or BaseSpec(name, str(path.resolve()), **_own_defaults(path))
     if path.is_file():
         return _in_one_file(name, path, one_file)
     if spec is BASES["micro"]:
@@ -106,11 +108,25 @@ def _in_one_file(name: str, path: Path, wanted: bool) -> BaseSpec:
             "localctl.load_pipeline(FILE).save_pretrained(FOLDER)."
         )
     if (folder / "model_index.json").is_file():
-        return BaseSpec(name, str(folder.resolve()), file=str(path.resolve()))
+        return BaseSpec(name, str(folder.resolve()), file=str(path.resolve()), **_own_defaults(folder))
     family = {768: "sd15", 1024: "sd21", 2048: "sdxl"}.get(width)
     if family is None:
         raise ValueError(f"The base {path} reads text of width {width}, as no known base; put its configs in {folder}.")
     return replace(BASES[family], name=name, file=str(path.resolve()))
+
+
+def _own_defaults(folder: Path) -> dict[str, Any]:
+    """Return the defaults that a base states in its folder. ValueError for others than a guidance scale."""
+    path = folder / OWN_DEFAULTS
+    if not path.is_file():
+        return {}
+    stated = read_object(path, "The file", "correct it")
+    scale = stated.get("guidance_scale")
+    if set(stated) != {"guidance_scale"} or type(scale) not in (int, float) or not math.isfinite(scale):
+        raise ValueError(
+            f'The file {path} says {shown(stated)}; a base states its guidance scale, {{"guidance_scale": 2.0}}.'
+        )
+    return {"guidance_scale": float(scale)}
 
 
 def is_hub_id(name: str) -> bool:
@@ -162,9 +178,14 @@ def read_index(spec: BaseSpec, where: dict[str, Any]) -> dict[str, Any]:
     return index
 
 
+def has_part(index: Mapping[str, Any], name: str) -> bool:
+    """Return whether a base has a part, by its ``model_index.json`` or the config of its pipeline."""
+    return index.get(name) not in (None, [None, None], (None, None))
+
+
 def defaults_of(name: str, where: dict[str, Any]) -> BaseSpec | None:
     """Return the defaults of a base: its own if it is known by name, else those of its kind of pipeline, by its
-    ``model_index.json``; None if that is not here, or the base cannot be found.
+    ``model_index.json``, under those that its folder states; None if that is not here, or the base cannot be found.
 
     where: ``revision`` and ``local_files_only`` for the hub.
     """
@@ -175,8 +196,17 @@ def defaults_of(name: str, where: dict[str, Any]) -> BaseSpec | None:
         kind = read_index(spec, where)["_class_name"]
     except (OSError, ValueError):  # loading the base will say why
         return None
-    like = next((one for one in BASES.values() if kind in one.pipelines), None)
-    return spec if like is None else replace(like, name=name, id_or_path=spec.id_or_path)
+    if like := next((one for one in BASES.values() if kind in one.pipelines), None):
+        usual = {"guidance_scale": like.guidance_scale if like.usual_scale is None else like.usual_scale}
+        own = usual | _own_defaults(Path(spec.id_or_path))
+        spec = replace(like, name=name, id_or_path=spec.id_or_path, **own)
+    known = known_base(name)
+    return spec if known is None else replace(spec, guidance_scale=known.guidance_scale)
+
+
+def known_base(name: str) -> BaseSpec | None:
+    """Return a known base by its name, folder or hub id; None for any other."""
+    return next((spec for known, spec in BASES.items() if name and same_base(known, name)), None)
 
 
 def own_side(name: str) -> int | None:
@@ -257,7 +287,7 @@ def check_files(folder: Path, index: Mapping[str, Any], replaced: frozenset[str]
     """
     for name, needed in _NEEDED.items():
         listed = index.get(name)
-        if name in replaced or name not in index or listed in (None, [None, None]):
+        if name in replaced or not has_part(index, name):
             continue
         if not (isinstance(listed, list) and len(listed) == 2 and all(isinstance(item, str) for item in listed)):
             raise ValueError(f"model_index.json says {shown(listed)} of {name}, not [library, class]")

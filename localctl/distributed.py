@@ -13,13 +13,17 @@ import torch
 from torch import distributed
 
 from localctl.files import first_line
+from localctl.messages import working
+from localctl.signals import left_to_the_system
 
 Result = TypeVar("Result")
 Item = TypeVar("Item")
 
 
 class LostProcess(OSError):
-    """Another process of this job has ended."""
+    """Another process of this job has ended; ``fail`` does not print this if that one has told why."""
+
+    follows = True
 
 
 def processes() -> tuple[int, int]:
@@ -56,12 +60,30 @@ def leave() -> None:
 
 
 @contextmanager
+def joining() -> Iterator[None]:
+    """Context in which this process waits for the others of the job: a signal ends it at once, and the first says on
+    stderr what it waits for.
+
+    ValueError if the environment does not say where they meet.
+    """
+    rank, count = processes()
+    if "MASTER_ADDR" not in os.environ:
+        raise ValueError(
+            f"WORLD_SIZE={count} names {count} processes, but MASTER_ADDR does not say where they meet; start them "
+            "with torchrun, or set MASTER_ADDR and MASTER_PORT to the first one's host and a free port there."
+        )
+    with left_to_the_system(), working(f"waiting for the other processes ({count} in all)", rank == 0):
+        yield
+
+
+@contextmanager
 def joined() -> Iterator[tuple[int, int]]:
     """Join the processes of the job, so that metrics synchronise; yield (rank, count), which is (0, 1) for a single
     process. A process group that exists already is used, and not left at the end."""
     begun = _is_joined()
     if not begun and processes()[1] > 1:
-        distributed.init_process_group("gloo")
+        with joining():
+            distributed.init_process_group("gloo")
     try:
         yield (distributed.get_rank(), distributed.get_world_size()) if _is_joined() else (0, 1)
     finally:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
+from localctl.launchers import is_first, tells
+
 LOGGERS = ("localctl", "research")  # the packages whose messages are shown
 _CUTOFF = 0.75  # similarity of a suggestion; below this it is far-fetched
 _MEMORY = ("out of memory", "not enough memory", "can't allocate memory")  # of CUDA, and of CPUs
@@ -56,7 +58,7 @@ def plain_warnings() -> Iterator[None]:
 @contextmanager
 def loading() -> Iterator[None]:
     """Context in which a terminal shows "loading ...": importing torch and diffusers takes seconds."""
-    visible = sys.stderr.isatty() and _is_first_process()
+    visible = sys.stderr.isatty() and is_first()
     if visible:
         print("loading ...", end="", file=sys.stderr, flush=True)
     try:
@@ -89,7 +91,7 @@ class ScreenHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm  # programs that log nothing do not need it
 
-        if self._first_process_only and not _is_first_process():
+        if self._first_process_only and not is_first():
             return
         try:
             (self._write or tqdm.write)(self.format(record))  # tqdm looks sys.stdout up now
@@ -128,15 +130,14 @@ def working(what: str, shown: bool = True) -> Iterator[None]:
         yield
 
 
-def fail(program: str, error: object) -> None:
-    """Print on stderr the error with which ``program`` ends."""
-    print(f"{_coloured(f'{program}:', _RED, sys.stderr)} {error}", file=sys.stderr)
+def fail(program: str, error: object, follows: bool = False) -> None:
+    """Print on stderr the error with which ``program`` ends; of several processes, one prints it.
 
-
-def _is_first_process() -> bool:
-    """Return whether this is the first process that torchrun started, or the only one. Programs that ask this may not
-    load torch yet."""
-    return os.environ.get("RANK", "0") == "0"
+    follows: the error is what the end of another process leads to, and is not printed if that has told its own; or the
+    error has an attribute of this name.
+    """
+    if tells(str(error), follows or getattr(error, "follows", False)):
+        print(f"{_coloured(f'{program}:', _RED, sys.stderr)} {error}", file=sys.stderr)
 
 
 def _coloured(text: str, colour: str, stream: TextIO) -> str:

@@ -193,8 +193,11 @@ def _own(pipe: DiffusionPipeline, init: InitImage | None, sampling: Sampling) ->
     for name in ("true_cfg_scale", "max_sequence_length"):
         if getattr(sampling, name) is not None and name not in inspect.signature(type(pipe).__call__).parameters:
             raise ValueError(f"A {type(pipe).__name__} takes no {name}; leave it out.")
+    if (sampling.clip_skip or 0) < 0:
+        raise ValueError(f"The clip skip must be at least 0, not {sampling.clip_skip}.")
     denoiser = denoiser_of(pipe)
-    denoiser.check_text_length(denoiser.module.config, type(pipe).__name__, sampling.max_sequence_length, "")
+    index = {**pipe.config, "_class_name": type(pipe).__name__}
+    denoiser.check_text_length(denoiser.module.config, index, sampling.max_sequence_length, "")
     return {**(denoiser.own_arguments if init is None else {}), **sampling.arguments()}
 
 

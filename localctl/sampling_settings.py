@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
-from localctl.bases import BASES, MOST_STEPS, SCHEDULERS, SIGMAS, same_base
+from localctl.bases import MOST_STEPS, OWN_DEFAULTS, SCHEDULERS, SIGMAS, defaults_of, known_base
 
 _OF_THE_CALL = (
     *("num_inference_steps", "guidance_scale", "guidance_rescale", "clip_skip", "eta"),
     *("true_cfg_scale", "max_sequence_length"),
 )
 _AT_LEAST_ONE = ("num_inference_steps", "batch_size")
+_AT_LEAST_ZERO = ("max_sequence_length", "eta", "guidance_rescale")
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Sampling:
             text, and long prompts are cut.
 
     Raises:
-        ValueError: an unknown scheduler, an empty list of seeds, a count below 1 or a scale that is not finite.
+        ValueError: an unknown scheduler, an empty list of seeds, a number that is too low or not finite.
     """
 
     scheduler: str | None = None
@@ -63,8 +65,10 @@ class Sampling:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"The {name.replace('_', ' ')} must be at least 1, not {value}.")
-        if self.max_sequence_length is not None and self.max_sequence_length < 0:
-            raise ValueError(f"The max sequence length must be at least 0, not {self.max_sequence_length}.")
+        for name in _AT_LEAST_ZERO:
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"The {name.replace('_', ' ')} must be at least 0, not {value}.")
         for name in ("guidance_scale", "guidance_rescale", "eta", "true_cfg_scale"):
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
@@ -102,7 +106,10 @@ FREE = Sampling()  # leaves every setting open
 
 
 def own_sampling(base: str) -> Sampling:
-    """Return the default sampling settings of a base, by name or folder; :data:`FREE` for an unknown one."""
-    known = next((spec for name, spec in BASES.items() if base and same_base(name, base)), None)
+    """Return the default sampling settings of a base, known by name or folder or stated in its folder; :data:`FREE` for
+    an unknown one."""
+    known = known_base(base)
+    if known is None and Path(base, OWN_DEFAULTS).is_file():
+        known = defaults_of(base, {"local_files_only": True})
     own: dict[str, Any] = {} if known is None else {known.guided_by: known.guidance_scale}
     return replace(FREE, **own)

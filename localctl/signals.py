@@ -9,13 +9,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 ECHO = 1.0  # seconds: a cluster signals launcher and processes alike, and the launcher forwards what it gets
-_TORCHRUN, _ACCELERATE = "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"  # set by the launchers
 
 
 class Signalled(BaseException):
@@ -92,24 +90,21 @@ def ending_at_once() -> Iterator[None]:
             _restore_handler(number, handler)
 
 
-def launcher() -> int | None:
-    """Return the process id of torchrun or `accelerate launch` if one of them started this process, else None."""
-    parent = os.getppid()
-    started = _TORCHRUN in os.environ or (_ACCELERATE in os.environ and _is_accelerate(parent))
-    return parent if started else None
-
-
-def _is_accelerate(pid: int) -> bool:
-    """Return whether a process is `accelerate launch`, as users set its variables, too; True without /proc."""
-    try:
-        return b"accelerate" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return True
-
-
 def exit_code(number: int) -> int:
     """Return the exit code after signal ``number``: 129 for SIGHUP, 130 for SIGINT, 143 for SIGTERM."""
     return 128 + number
+
+
+@contextmanager
+def left_to_the_system() -> Iterator[None]:
+    """Context in which signals end the process as the system itself does it: while a library waits, no handler that is
+    written in Python runs. For times at which there is nothing to save."""
+    former = _set_handlers(signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            _restore_handler(number, handler)
 
 
 def ignore_signals(worker: int) -> None:

@@ -116,6 +116,7 @@ def test_negative_prompts_go_to_their_layouts(sd_pipe: StableDiffusionPipeline) 
         ({"num_images_per_prompt": 2}, "'num_images_per_prompt' itself"),
         ({"seeds": ()}, "no seed"),
         ({"batch_size": 0}, "at least 1, not 0"),
+        ({"clip_skip": -1}, "clip skip must be at least 0, not -1"),
         ({"layout": [Layout("a", 64, 64), Layout("b", 72, 64)]}, r"differ: \(64, 64\), \(72, 64\)"),
         ({"layout": Layout("a", 64, 64), "height": 72, "width": 64}, r"differ: \(64, 64\), \(72, 64\)"),
         ({"height": 60, "width": 64}, "height 60 is not a positive multiple of 8; use 64"),

@@ -1,9 +1,7 @@
 import os
 import signal
-import subprocess
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
@@ -12,11 +10,10 @@ from localctl.signals import (
     SIGNALS,
     Interrupt,
     Signalled,
-    _is_accelerate,
     ending_at_once,
     exit_code,
     ignore_signals,
-    launcher,
+    left_to_the_system,
 )
 
 
@@ -109,29 +106,15 @@ def test_where_nothing_is_to_be_saved_a_signal_ends_at_once(number):
     assert caught.value.number == number and signal.getsignal(number) is before
 
 
-def test_a_launcher_that_is_gone_counts_as_sigterm(monkeypatch):
-    for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"):
-        monkeypatch.delenv(name, raising=False)
-    assert launcher() is None and Interrupt(None).signal == 0  # a shell may go: nobody waits for its word
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    monkeypatch.setattr("localctl.signals._is_accelerate", lambda pid: True)
-    assert launcher() == os.getppid()
+def test_a_launcher_that_is_gone_counts_as_sigterm():
+    assert Interrupt(None).signal == 0  # a shell may go: nobody waits for its word
     assert Interrupt(os.getppid()).signal == 0
     assert Interrupt(os.getppid() + 1).signal == signal.SIGTERM
 
 
-@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="the system does not say what runs")
-def test_who_sets_the_variables_of_accelerate_is_not_taken_for_it(monkeypatch):
-    """A shell that is left, as after nohup, must not stop the training."""
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert launcher() is None  # pytest's own parent
-    found = []
-    for name in ("/env/bin/accelerate", "bash"):
-        process = subprocess.Popen([name, "30"], executable="/bin/sleep")
-        while not Path(f"/proc/{process.pid}/cmdline").read_bytes():  # until the program is loaded
-            time.sleep(0.01)
-        found.append(_is_accelerate(process.pid))
-        process.kill()
-        process.wait()
-    assert found == [True, False]
+def test_while_a_library_waits_the_system_acts_and_the_former_handlers_are_back_then():
+    with ending_at_once():
+        before = [signal.getsignal(number) for number in SIGNALS]
+        with left_to_the_system():
+            assert all(signal.getsignal(number) is signal.SIG_DFL for number in SIGNALS)
+        assert [signal.getsignal(number) for number in SIGNALS] == before

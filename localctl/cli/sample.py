@@ -48,9 +48,10 @@ _REPLACED = {
     "condition_image": ("image", "condition_model", "condition_detector"),
     "resolution": ("height", "width"),
     "layout": ("region_negatives",),
-    "compare": ("control", "sweep"),
-    "control": ("compare",),
+    "compare": ("control", "sweep", "presets"),
+    "control": ("compare", "presets"),
     "sweep": ("compare",),
+    "base": ("presets",),
     **{f"use_{name}_sigmas": tuple(f"use_{one}_sigmas" for one in SIGMAS if one != name) for name in SIGMAS},
 }
 _FUNCTION_WORDS = ("a", "an", "the", "and", "with", "of", "in", "on")  # alone, part of a prompt that was split

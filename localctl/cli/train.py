@@ -12,8 +12,9 @@ from typing import Any
 
 from localctl.allocator import keep_freed_memory
 from localctl.cli.program import explained, report_error
+from localctl.launchers import launcher, read_mpi
 from localctl.messages import fail, loading, log_to_screen, plain_warnings
-from localctl.signals import Signalled, ending_at_once, exit_code, launcher
+from localctl.signals import Signalled, ending_at_once, exit_code
 from localctl.threads import yield_waiting_cores
 
 PROGRAM = "train_adapter.py"
@@ -29,15 +30,20 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """
     parent = launcher()
     yield_waiting_cores()
+    read_mpi()
     try:
         with ending_at_once():
             run = _prepare(sys.argv[1:] if argv is None else argv, parent, program)
         return run if isinstance(run, int) else _train(run, program)
     except Signalled as signal:
-        _fail(program, f"stopped by {signal} before the first step; nothing was trained.")
+        _fail(program, f"stopped by {signal} before the first step; nothing was trained.", follows=True)
         return exit_code(signal.number)
     except KeyboardInterrupt:
-        _fail(program, "interrupted twice; --resume_from_checkpoint latest continues from the last checkpoint.")
+        _fail(
+            program,
+            "interrupted twice; --resume_from_checkpoint latest continues from the last checkpoint.",
+            follows=True,
+        )
         return 130
     finally:
         _leave()
@@ -88,6 +94,6 @@ def _leave() -> None:
         leave()
 
 
-def _fail(program: str, text: object) -> None:
+def _fail(program: str, text: object, follows: bool = False) -> None:
     with suppress(OSError):  # stderr may be closed
-        fail(program, text)
+        fail(program, text, follows)

@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 
 from localctl.architectures import BaseShape
-from localctl.bases import SCHEDULERS
+from localctl.bases import SCHEDULERS, has_part
 from localctl.denoisers import family_of
 from localctl.denoisers.base import Denoiser
 from localctl.denoisers.configs import Guidance
@@ -64,12 +64,16 @@ class Abilities:
     @cached_property
     def guidance(self) -> Guidance:
         """How it is guided."""
+        own = own_sampling(self.base.name)
         if self.is_unet:
-            return Guidance(resolve_base(self.base.name, one_file=True).guidance_scale)
+            usual = resolve_base(self.base.name, one_file=True).guidance_scale
+            return Guidance(usual if own.guidance_scale is None else own.guidance_scale)
         found = self.family.guidance(self.config, self.shape.index)
-        if found.scale is None or (scale := own_sampling(self.base.name).guidance_scale) is None:
+        if found.true_cfg_scale is not None and own.true_cfg_scale is not None:
+            return replace(found, true_cfg_scale=own.true_cfg_scale)
+        if found.scale is None or own.guidance_scale is None:
             return found
-        return replace(found, scale=scale)
+        return replace(found, scale=own.guidance_scale)
 
     @property
     def sampling(self) -> Sampling:
@@ -106,7 +110,7 @@ class Abilities:
     @property
     def tokenizer(self) -> str:
         """The name of the tokenizer that tells what is read of a prompt."""
-        known = [name for name in self.family.tokenizers if self.shape.index.get(name) not in (None, [None, None])]
+        known = [name for name in self.family.tokenizers if has_part(self.shape.index, name)]
         return known[0] if known else "tokenizer"
 
     @property
@@ -150,7 +154,7 @@ class Abilities:
             return
         if "max_sequence_length" not in self.arguments:
             raise ValueError(f"A {self.pipeline} takes no max_sequence_length; leave {flag}max_sequence_length out.")
-        self.family.check_text_length(self.config, self.pipeline, length, flag)
+        self.family.check_text_length(self.config, {**self.shape.index, "_class_name": self.pipeline}, length, flag)
 
     @property
     def _tells_scale(self) -> bool:

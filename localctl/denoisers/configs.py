@@ -65,14 +65,28 @@ class Configured:
         return cls.most_tokens
 
     @classmethod
-    def check_text_length(cls, config: Mapping[str, Any], pipeline: str, length: int | None, flag: str = "--") -> None:
-        """Raise a ValueError if a pipeline of this class cannot read ``length`` tokens of a prompt. ``flag``: what
-        names of settings begin with."""
-        most = cls.text_limit(config)
-        if most is not None and length is not None and length > most:
+    def fewest_tokens(cls, index: Mapping[str, Any]) -> int:
+        """Return the lowest ``max_sequence_length`` with which a base reads the prompt."""
+        return 1
+
+    @classmethod
+    def check_text_length(
+        cls, config: Mapping[str, Any], index: Mapping[str, Any], length: int | None, flag: str = "--"
+    ) -> None:
+        """Raise a ValueError if the pipeline of a base cannot read ``length`` tokens of a prompt. ``index``: the base's
+        ``model_index.json``; ``flag``: what names of settings begin with."""
+        if length is None:
+            return
+        fewest, most, pipeline = cls.fewest_tokens(index), cls.text_limit(config), index.get("_class_name")
+        if most is not None and length > most:
             raise ValueError(
                 f"{flag}max_sequence_length is {length}, but a {pipeline} reads at most {most} tokens of a prompt; "
                 "lower it."
+            )
+        if length < fewest:
+            raise ValueError(
+                f"{flag}max_sequence_length is {length}, with which a {pipeline} reads no prompt; give at least "
+                f"{fewest}, or leave it out."
             )
 
     @classmethod

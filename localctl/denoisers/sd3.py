@@ -9,6 +9,7 @@ import torch
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import Tensor, nn
 
+from localctl.bases import has_part
 from localctl.denoisers.base import AttentionLayer, Conditioning, DenoiserInputs
 from localctl.denoisers.configs import Guidance
 from localctl.denoisers.joint import Attend, Joint
@@ -37,6 +38,11 @@ class SD3(Transformer):
     def guidance(cls, config: Mapping[str, Any], index: Mapping[str, Any]) -> Guidance:
         """Return that of these pipelines."""
         return Guidance(7.0)
+
+    @classmethod
+    def fewest_tokens(cls, index: Mapping[str, Any]) -> int:
+        """Return 0 for a base without T5, of whose tokens this is the number; CLIP's are always read."""
+        return int(has_part(index, "text_encoder_3"))
 
     def attention_layers(self, latent_size: tuple[int, int]) -> list[tuple[AttentionLayer, Any]]:
         """Return the joint attention of each block, and in some blocks of SD3.5 a second one of the image alone."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from localctl.bases import BaseConfig, read_index, resolve_base
+from localctl.bases import BaseConfig, has_part, read_index, resolve_base
 from localctl.condition_models import fingerprint
 from localctl.data.config import DataConfig
 from localctl.files import read_json, sha256, sha256_of_json
@@ -62,7 +62,7 @@ class Recipes:
 
     def _texts(self) -> dict[str, Any]:
         index = read_index(resolve_base(self.base.name), _where(self.base))
-        parts = [name for name in ENCODERS[TEXTS] if index.get(name) not in (None, [None, None])]
+        parts = [name for name in ENCODERS[TEXTS] if has_part(index, name)]
         recipe: dict[str, Any] = {"kind": TEXTS, "precision": self.precision}
         if self.text_length is not None:
             recipe["tokens"] = self.text_length

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import diffusers
 
+from localctl.control.image_controls import check_control_guidance
 from localctl.control.latents import check_shiftable_kind
 from localctl.control.negative_prompts import NegativePrompts
 from localctl.control.presets import CONTROLS
@@ -82,3 +84,23 @@ def _check_controls(
             base.family.check_located(base.pipeline)
     if options.control_guidance_scale is not None:
         base.check_own_guidance()
+
+
+def check_numbers(options: SampleSettings) -> None:
+    """Raise a ValueError for numbers out of range, or a seed that is given twice."""
+    for name in ("num_inference_steps", "batch_size", "save_steps"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, not {value}.")
+    if len(set(options.seeds)) < len(options.seeds):
+        raise ValueError("A seed is given twice in --seeds; give each one once.")
+    if not all(map(math.isfinite, [options.guidance_scale or 0.0, *options.weight])):
+        raise ValueError("--guidance_scale and --weight must be finite numbers.")
+    for scale in options.unconditional_scale or (None,):
+        check_control_guidance(scale, options.control_guidance_scale)
+    for name in ("controlnet_scale", "ip_adapter_scale", "lora_scale"):
+        if not all(map(math.isfinite, getattr(options, name))):
+            raise ValueError(f"--{name} must be finite numbers.")
+    if not 0 <= (options.guidance_rescale or 0.0) <= 1:
+        raise ValueError(f"--guidance_rescale must be between 0 and 1, not {options.guidance_rescale}.")
+    Sampling.of(options)  # ValueError for others out of range

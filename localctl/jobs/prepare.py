@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,13 +13,12 @@ from localctl.adapter_files import SavedAdapter, find_adapter
 from localctl.architectures import BaseShape, read_shape
 from localctl.bases import SchedulerName, check_vae, lasting_name
 from localctl.control.compatible import check_base
-from localctl.control.image_controls import check_control_guidance
 from localctl.denoisers.abilities import Abilities
 from localctl.denoisers.configs import Guidance
 from localctl.distributed import process_device
 from localctl.image_to_image import InitImage
 from localctl.jobs.addons import Addons, check_addons, controlnet_sources, find_addons, prepare_addons
-from localctl.jobs.checks import check_abilities
+from localctl.jobs.checks import check_abilities, check_numbers
 from localctl.jobs.inputs import (
     AdapterJob,
     Size,
@@ -33,7 +31,15 @@ from localctl.jobs.inputs import (
 )
 from localctl.jobs.settings import AUTO, SampleSettings
 from localctl.jobs.starts import SecondPass, check_save_steps, fit_init, read_init, second_size
-from localctl.jobs.variants import Variant, has_negatives, load_layouts, optimized_controls, plan, with_negatives
+from localctl.jobs.variants import (
+    Variant,
+    acting_presets,
+    has_negatives,
+    load_layouts,
+    optimized_controls,
+    plan,
+    with_negatives,
+)
 from localctl.layout import Layout, texts_of
 from localctl.pipelines import BaseConfig, resolve_base
 from localctl.prompt_syntax import warn_of_syntax
@@ -80,7 +86,7 @@ def prepare(options: SampleSettings) -> Job:
     """Check everything that can be checked without loading a model, and return the job. ValueError in one sentence."""
     notes = _clean_texts(options)
     layouts = load_layouts(options)
-    _check_numbers(options)
+    check_numbers(options)
     _check_counts(options)
     found = find_addons(options)
     device = process_device(options.device)
@@ -208,6 +214,7 @@ def _fill_sampling(options: SampleSettings, variants: Sequence[Variant], base: A
         options.true_cfg_scale = base.guidance.true_cfg_scale
     if options.negative_prompt is None and base.guidance.is_on(options):
         options.negative_prompt = base.guidance.negative_prompt
+    options.presets = acting_presets(variants, options, base.guidance.scale) if options.layout else None
 
 
 def _own_scales(options: SampleSettings, adapters: Sequence[SavedAdapter], guidance: Guidance) -> list[float]:
@@ -283,26 +290,6 @@ def _recorded_size(options: SampleSettings, follows: bool, size: Size) -> tuple[
     """Return the size for the record: (None, None) where layout or base determine it."""
     free = options.resolution is None and options.height is None and options.width is None
     return (None, None) if free and not follows else size
-
-
-def _check_numbers(options: SampleSettings) -> None:
-    """Raise a ValueError for numbers out of range, or a seed that is given twice."""
-    for name in ("num_inference_steps", "batch_size", "save_steps"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, not {value}.")
-    if len(set(options.seeds)) < len(options.seeds):
-        raise ValueError("A seed is given twice in --seeds; give each one once.")
-    if not all(map(math.isfinite, [options.guidance_scale or 0.0, *options.weight])):
-        raise ValueError("--guidance_scale and --weight must be finite numbers.")
-    for scale in options.unconditional_scale or (None,):
-        check_control_guidance(scale, options.control_guidance_scale)
-    for name in ("controlnet_scale", "ip_adapter_scale", "lora_scale"):
-        if not all(map(math.isfinite, getattr(options, name))):
-            raise ValueError(f"--{name} must be finite numbers.")
-    if not 0 <= (options.guidance_rescale or 0.0) <= 1:
-        raise ValueError(f"--guidance_rescale must be between 0 and 1, not {options.guidance_rescale}.")
-    Sampling.of(options)  # ValueError for others out of range
 
 
 def _check_counts(options: SampleSettings) -> None:

@@ -60,12 +60,15 @@ _Whole = Annotated[int, Field(strict=True)]
 _Number = Annotated[float, Field(strict=True)]
 _Texts = Annotated[list[_Text] | None, BeforeValidator(_several)]
 _Numbers = Annotated[list[_Number], BeforeValidator(_several)]
+Presets = dict[str, list[_Text]]  # of controls, joined by +: NAME=VALUE as in ``set``, and of their sampling
 
 
 @record()
 @dataclass(kw_only=True)
 class SampleSettings:
     """One run of ``sample.py``; the help of the flag of the same name explains each setting. None: not given.
+
+    presets: what acted in the run of a record without being given.
 
     ValueError for a value of another type.
     """
@@ -113,6 +116,7 @@ class SampleSettings:
     predictor: _Text | None = None
     control: _Texts = None
     set: _Texts = None
+    presets: Presets | None = None
     sweep: _Texts = None
     compare: _Texts = None
     init_image: _Texts = None
@@ -203,7 +207,7 @@ def command_line(settings: SampleSettings, program: str = "sample.py") -> str:
     for item in fields(settings):
         value = getattr(settings, item.name)
         default = item.default_factory() if item.default_factory is not MISSING else item.default
-        if value == default or value is None:
+        if value == default or value is None or item.name == "presets":  # which the command has again
             continue
         flag = f"--{item.name}"
         if item.name == "embed_record":

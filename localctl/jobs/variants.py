@@ -19,7 +19,7 @@ from localctl.control.presets import (
     setting_of,
 )
 from localctl.jobs.scenes import is_image, read_layouts
-from localctl.jobs.settings import AUTO, SampleSettings
+from localctl.jobs.settings import AUTO, Presets, SampleSettings
 from localctl.layout import Layout
 from localctl.sampling_settings import FREE, Sampling
 
@@ -111,21 +111,23 @@ def plan(options: SampleSettings, base: str) -> list[Variant]:
     if options.compare:
         if options.control or options.sweep:
             raise ValueError("Give either --compare or --control and --sweep, not both.")
-        return read_variants(options.compare, options.set or (), base)
+        return read_variants(options.compare, options.set or (), base, options.presets)
     settings = [_split_setting(item) for item in options.set or ()]
     names = control_names(options.control or ["bias"])
     check_settings([name for name, _ in settings], names)
     if not options.sweep:
-        controls = make_controls(names, settings, base)
-        return [Variant("+".join(names) or NONE, controls, sampling=sampling_of(names, base))]
-    return _sweep_variants(options.sweep, names, settings, base)
+        controls = make_controls(names, settings, base, options.presets)
+        return [Variant(_key(names), controls, sampling=_sampling(names, base, options.presets))]
+    return _sweep_variants(options, names, settings, base)
 
 
-def read_variants(words: Sequence[str], settings: Sequence[str], base: str) -> list[Variant]:
+def read_variants(
+    words: Sequence[str], settings: Sequence[str], base: str, presets: Presets | None = None
+) -> list[Variant]:
     """Return the variants to compare.
 
-    words: ``all``, or names of controls, joined by + where several act together. settings: NAME=VALUE each. ValueError
-    as for :func:`plan`.
+    words: ``all``, or names of controls, joined by + where several act together. settings: NAME=VALUE each. presets: of
+    a record. ValueError as for :func:`plan`.
     """
     read = [_split_setting(item) for item in settings]
     words = COMPARED_ALL if list(words) == ["all"] else tuple(words)
@@ -134,15 +136,16 @@ def read_variants(words: Sequence[str], settings: Sequence[str], base: str) -> l
     plans = [(word, control_names(word)) for word in words]
     check_settings([name for name, _ in read], [name for _, names in plans for name in names])
     return [
-        Variant(label, make_controls(names, read, base), index, sampling=sampling_of(names, base))
+        Variant(label, make_controls(names, read, base, presets), index, sampling=_sampling(names, base, presets))
         for index, (label, names) in enumerate(plans)
     ]
 
 
 def _sweep_variants(
-    sweep: Sequence[str], names: Sequence[str], settings: Sequence[tuple[str, str]], base: str
+    options: SampleSettings, names: Sequence[str], settings: Sequence[tuple[str, str]], base: str
 ) -> list[Variant]:
     """Return a variant per cell of the grid: columns are the values of the first setting, rows those of the second."""
+    sweep = options.sweep or ()
     axes = [(name, values.split(",")) for name, values in map(_split_setting, sweep)]
     if len(axes) > 2 or len({name for name, _ in axes}) < len(axes):
         raise ValueError(f"--sweep varies one setting or two different ones, not {' '.join(sweep)}.")
@@ -159,9 +162,9 @@ def _sweep_variants(
     for cell in cells:
         chosen = [(name, values[index]) for (name, values), index in zip(axes, reversed(cell), strict=True)]
         label = " ".join(f"{name}={value}" for name, value in chosen)
-        controls = make_controls(names, [*settings, *chosen], base)
+        controls = make_controls(names, [*settings, *chosen], base, options.presets)
         row = cell[0] if len(cell) > 1 else 0
-        variants.append(Variant(label, controls, cell[-1], row, sampling_of(names, base)))
+        variants.append(Variant(label, controls, cell[-1], row, _sampling(names, base, options.presets)))
     if len({variant.label for variant in variants}) < len(variants):
         raise ValueError("A value is given twice in --sweep; give each one once.")
     return variants
@@ -175,18 +178,73 @@ def _split_setting(text: str) -> tuple[str, str]:
     return name, value
 
 
-def make_controls(names: Sequence[str], settings: Sequence[tuple[str, str]], base: str) -> tuple[Control, ...]:
-    """Return the controls of these names: the preset of the base, changed by the settings, (name, value) as text each.
+def make_controls(
+    names: Sequence[str], settings: Sequence[tuple[str, str]], base: str, presets: Presets | None = None
+) -> tuple[Control, ...]:
+    """Return the controls of these names: the preset of the base, changed by that of a record, and by the settings,
+    (name, value) as text each.
 
     ValueError for a value of another type or out of range.
     """
+    recorded = [item for item in _recorded(names, presets) if "." in item[0]]
+    check_settings([name for name, _ in recorded], names)
     read = {
         f"{name}.{field}": _parse_value(setting, text, _example_value(CONTROLS[name], field))
         for name in names
-        for setting, text in settings
+        for setting, text in (*recorded, *settings)
         if (field := setting_of(name, setting)) is not None
     }
     return tuple(build_controls(names, base, read))
+
+
+def acting_presets(variants: Sequence[Variant], options: SampleSettings, guidance_scale: float | None) -> Presets:
+    """Return, for the record, what acts without being given: the settings of each variant's controls, and its sampling
+    where ``options`` leave it open. A later version may have other presets. None, the absence of a value, is left out.
+
+    guidance_scale: of the base.
+    """
+    given = [_split_setting(item)[0] for item in (*(options.set or ()), *(options.sweep or ()))]
+    found: Presets = {}
+    for variant in variants:
+        named = [(name, control) for control in variant.controls if (name := CONTROLS.name_of(type(control)))]
+        values = {
+            f"{name}.{field.name}": getattr(control, field.name)
+            for name, control in named
+            for field in fields(control)
+            if not any(setting_of(name, one) == field.name for one in given)
+        }
+        if options.guidance_scale is None:
+            values["guidance_scale"] = variant.sampling.guidance_scale or guidance_scale
+        if options.scheduler is None:
+            values["scheduler"] = variant.sampling.scheduler
+        texts = {name: _as_text(value) for name, value in values.items()}
+        found[_key([name for name, _ in named])] = [f"{name}={text}" for name, text in texts.items() if text]
+    return {key: items for key, items in found.items() if items}
+
+
+def _key(names: Sequence[str]) -> str:
+    """Return what stands for controls that act together."""
+    return "+".join(names) or NONE
+
+
+def _as_text(value: Any) -> str:
+    """Return a value as ``set`` takes it; nothing for one that has no text."""
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return str(value).lower() if isinstance(value, bool) else str(value) if isinstance(value, (int, float, str)) else ""
+
+
+def _recorded(names: Sequence[str], presets: Presets | None) -> list[tuple[str, str]]:
+    return [_split_setting(item) for item in (presets or {}).get(_key(names), ())]
+
+
+def _sampling(names: Sequence[str], base: str, presets: Presets | None) -> Sampling:
+    """Return how to sample with these controls: as recorded, else as suits the base."""
+    recorded = {name: text for name, text in _recorded(names, presets) if "." not in name}
+    if not recorded:
+        return sampling_of(names, base)
+    scale = recorded.get("guidance_scale")
+    return Sampling(recorded.get("scheduler"), scale and _parse_value("guidance_scale", scale, 0.0))
 
 
 def _example_value(control: type[Any], name: str) -> Any:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from localctl.bases import SIGMAS
 from localctl.control.presets import NONE, control_names, setting_of
 from localctl.images import load_image
-from localctl.jobs.variants import COMPARED_ALL, has_negatives
+from localctl.jobs.variants import COMPARED_ALL, has_negatives, make_controls
 from localctl.layout import Layout
 from localctl.layout_io import load_layout
 from localctl.masks import load_mask, mask_to_pil
@@ -29,7 +30,7 @@ _PLAIN = {
     "upscale_strength": 0.5,
 }
 _KNOWN = (
-    *(*_PLAIN, "layout", "control", "set", "sweep", "compare", "init_image", "strength", "inpaint_mask"),
+    *(*_PLAIN, "layout", "control", "set", "presets", "sweep", "compare", "init_image", "strength", "inpaint_mask"),
     *(f"use_{name}_sigmas" for name in SIGMAS),
     *("weight", "start", "end", "unconditional_scale"),  # of adapters; without one they do nothing
 )
@@ -83,14 +84,31 @@ def _method(options: Mapping[str, Any], base: str) -> dict[str, Any]:
         if options.get("set"):
             raise ValueError("The image compares methods with --set, and the page with their presets; use sample.py.")
         words = options["compare"]
+        for word in COMPARED_ALL if words == ["all"] else words:
+            _check_presets(options, control_names(word), base, on_page=False)
         return {"compared": [_label(control_names(word)) for word in (COMPARED_ALL if words == ["all"] else words)]}
     names = control_names(options.get("control") or ["bias"])
     values = {"method": _label(names), **shown_presets("+".join(names) or NONE, base)}
-    for item in options.get("set") or ():
+    _check_presets(options, names, base, on_page=True)
+    for item in (*(options.get("presets") or {}).get("+".join(names), ()), *(options.get("set") or ())):
         given, _, text = item.partition("=")
         for setting in _settings(names, given):
             values[setting.name] = _parsed(setting, text)
     return values | _sweep(options.get("sweep") or [], names)
+
+
+def _check_presets(options: Mapping[str, Any], names: list[str], base: str, on_page: bool) -> None:
+    """Raise a ValueError if the run had other presets than there are now, but for settings that are ``on_page``."""
+    own = make_controls(names, [], base), make_controls(names, [], base, options.get("presets"))
+    for name, now, then in zip(names, *own, strict=True):
+        shown_ones = [setting.field for setting in settings_of(name)] if on_page else []
+        for field in fields(now):
+            value = getattr(then, field.name)
+            if value != getattr(now, field.name) and field.name not in shown_ones:
+                raise ValueError(
+                    f"The image was made with {name}.{field.name}={shown(value)}, which is no longer the preset; "
+                    "repeat it with sample.py --from_json."
+                )
 
 
 def _label(names: list[str]) -> str:

@@ -19,10 +19,11 @@ from tqdm import tqdm
 from localctl.data import Batch, Source
 from localctl.data.workers import WorkerError
 from localctl.distributed import LostProcess, lost_process
+from localctl.launchers import launcher
 from localctl.messages import working
 from localctl.pipelines import resolve_base
 from localctl.redaction import flat, recorded
-from localctl.signals import Interrupt, launcher
+from localctl.signals import Interrupt
 from localctl.training.adapter_plan import continued
 from localctl.training.checkpoints import check_writable, read_manifest
 from localctl.training.data import DataWatch, batches_of, has_own_masks, next_batch, open_sources, shared_quarantine

@@ -6,7 +6,7 @@ import math
 import os
 import pickle
 from collections.abc import Collection, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from localctl.architectures import read_shape
-from localctl.distributed import Messages, processes
+from localctl.distributed import Messages, joining, processes
 from localctl.files import first_line, read_json, share_weights, write_json
 from localctl.training.checkpoints import CheckpointError, save_checkpoint
 from localctl.training.compilation import Compilation
@@ -227,12 +227,13 @@ def new_accelerator(settings: TrainSettings) -> Accelerator:
     started = processes()[1]
     if started > 1 and "LOCAL_RANK" not in os.environ:  # accelerate would wait for the others, or train alone
         raise _not_joined(started)
-    accelerator = Accelerator(
-        cpu=started > 1 and not _has_own_backend(),  # accelerate joins processes without GPUs only if asked to
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        mixed_precision=settings.mixed_precision,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
-    )
+    with joining() if started > 1 else nullcontext():
+        accelerator = Accelerator(
+            cpu=started > 1 and not _has_own_backend(),  # accelerate joins processes without GPUs only if asked to
+            gradient_accumulation_steps=settings.gradient_accumulation_steps,
+            mixed_precision=settings.mixed_precision,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
+        )
     if started > 1 and accelerator.num_processes == 1:
         raise _not_joined(started)
     if accelerator.device.type == "cpu":
@@ -243,7 +244,7 @@ def new_accelerator(settings: TrainSettings) -> Accelerator:
 def _not_joined(started: int) -> ValueError:
     return ValueError(
         f"WORLD_SIZE={started} names {started} processes, but accelerate does not join this one to the others; start "
-        "them with torchrun, or unset WORLD_SIZE to train in one process."
+        "them with torchrun, or set WORLD_SIZE=1 to train in one process."
     )
 
 

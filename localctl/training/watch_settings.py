@@ -36,7 +36,7 @@ class ValidationConfig:
     rows: Positive = 6
     batch_size: Positive = 8
     num_inference_steps: Positive = 20
-    guidance_scale: float | None = None
+    guidance_scale: Finite | None = None
     unconditional_scale: Finite | None = None
     control_guidance_scale: Finite | None = None
     scheduler: SchedulerName | None = None
@@ -77,7 +77,7 @@ class EarlyStoppingConfig:
     num_images: Annotated[int, Field(ge=2)] = 2048
     batch_size: Positive = 8
     num_inference_steps: Positive = 30
-    guidance_scale: float | None = None
+    guidance_scale: Finite | None = None
     scheduler: SchedulerName | None = None
     seed: int = 0
 

@@ -48,14 +48,19 @@ def start(work: Callable[..., int | None], *arguments: Any, **environment: str) 
     return process
 
 
-def start_ranks(count: int, work: Callable[..., int | None], *arguments: Any) -> list[Any]:
-    """``count`` processes that know of each other as torchrun's would, on a machine without a GPU."""
+def start_ranks(count: int, work: Callable[..., int | None], *arguments: Any, only: int | None = None) -> list[Any]:
+    """``count`` processes that know of each other as torchrun's would, on a machine without a GPU. ``only``: the rank
+    of the single one that is started."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), **place}
-    return [start(work, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(count)]
+    return [
+        start(work, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **common)
+        for rank in range(count)
+        if only in (None, rank)
+    ]
 
 
 def finish(process: Any, seconds: float = 60) -> int:

@@ -24,13 +24,14 @@ from localctl.control.negative_prompts import NegativePrompts
 from localctl.control.presets import PRESETS
 from localctl.control.region_bias import RegionBias
 from localctl.control.spacetime import SpaceTimeAttention
-from localctl.jobs.prepare import prepare
+from localctl.jobs.files import save_record
+from localctl.jobs.prepare import prepare, reproducing_options
 from localctl.jobs.sheets import verdict
 from localctl.layout import Layout, Region
 from localctl.layout_io import load_layout, save_layout
 from localctl.metrics.clip import Clip
 from localctl.metrics.extractors import MICRO_CLIP
-from localctl.sampling import generate
+from localctl.sampling import Sampling, generate
 from localctl.weight_search.weights import OptimizedSpaceTime, optimize_weights
 
 SCENE: dict[str, Any] = {
@@ -99,6 +100,40 @@ def test_a_comparison_generates_with_every_control_and_its_record_repeats_it(
     monkeypatch.chdir(workspace / "elsewhere")
     assert sample.main(["--from_json", "../moved/sample.json", "--output_dir", "again"]) == 0
     assert_same(pixels("again"), images)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--control bias guidance --set bias.strength=1.5",
+        "--compare none bias bias+guidance spacetime",
+        "--sweep strength=0,1.5 outside_strength=0,.5",
+    ],
+)
+def test_a_record_holds_the_presets_that_acted(flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    then = prepare(parse(["--layout", str(SCENE_FILE), *flags.split()]))
+    save_record(reproducing_options(then), [], tmp_path)
+    for name in ("PRESETS", "BESIDE", "SAMPLING"):  # of a later version
+        monkeypatch.setattr(f"localctl.control.presets.{name}", {})
+    now = prepare(parse(["--from_json", str(tmp_path)]))
+    acting = [
+        [(one.label, one.controls, Sampling.of(job.options).over(one.sampling).over(job.own)) for one in job.variants]
+        for job in (then, now)
+    ]
+    assert acting[0] == acting[1]
+    assert now.options.presets == then.options.presets and "bias.strength=1.5" not in str(now.options.presets)
+
+
+def test_presets_of_a_record_are_checked_and_give_way_to_another_control(tmp_path: Path) -> None:
+    options = {"layout": [str(SCENE_FILE)], "presets": {"bias": ["bias.strength=much"]}}
+    save_record(options, [], tmp_path)
+    with pytest.raises(ValueError, match=r"bias.strength must be a number, not 'much'"):
+        prepare(parse(["--from_json", str(tmp_path)]))
+    save_record({**options, "presets": {"bias": ["bias.power=1"]}}, [], tmp_path)
+    with pytest.raises(ValueError, match=r"No control of this run has a setting 'bias.power'"):
+        prepare(parse(["--from_json", str(tmp_path)]))
+    for flags in (["--control", "bias"], ["--base", "sd15"]):
+        assert prepare(parse(["--from_json", str(tmp_path), *flags])).options.presets
 
 
 def test_the_negative_prompt_of_a_region_acts_and_not_in_records_of_before(

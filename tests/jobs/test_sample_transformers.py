@@ -20,8 +20,10 @@ from localctl.cli.sample import parse
 from localctl.control.region_bias import RegionBias
 from localctl.jobs.prepare import Job, prepare
 from localctl.layout import Layout, Region
-from localctl.pipelines import load_pipeline
+from localctl.pipelines import BaseConfig, load_pipeline
 from localctl.sampling import generate
+from localctl.sampling_settings import own_sampling
+from localctl.training.settings import TrainSettings
 
 pytest_plugins = ["families"]
 
@@ -153,6 +155,32 @@ def test_guidance_is_the_pipeline_s_and_recorded(
     assert options.scheduler is None and job.size == (SIDE, SIDE)
 
 
+@pytest.mark.parametrize("stated", [None, 2.5])
+def test_every_program_generates_with_the_guidance_that_a_base_states(
+    here: Path, family_folders: Folders, sd_folder: Path, stated: float | None
+) -> None:
+    for name in (*FAMILIES, "sd"):
+        folder = shutil.copytree(sd_folder if name == "sd" else family_folders(name), here / name)
+        if stated is not None:
+            (folder / "localctl.json").write_text(json.dumps({"guidance_scale": stated}))
+        options = prepare(parse(["--base", str(folder), "--prompt", PROMPT])).options
+        scale = options.true_cfg_scale if name == "qwen_image" else options.guidance_scale
+        assert scale == stated or stated is None
+        settings = TrainSettings(base=BaseConfig(name=str(folder)))
+        assert settings.validation.guidance_scale == settings.early_stopping.guidance_scale == scale
+        python = own_sampling(str(folder))
+        assert (python.true_cfg_scale if name == "qwen_image" else python.guidance_scale) == stated
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"guidance_scale": "2"}', '{"guidance_scale": 2, "scheduler": "ddim"}'])
+def test_what_a_base_states_is_checked(
+    here: Path, sd_folder: Path, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(sd_folder, here / "sd")
+    (here / "sd" / "localctl.json").write_text(text)
+    refused_early(["--base", "sd", "--prompt", PROMPT], "The file sd/localctl.json ", monkeypatch, capsys)
+
+
 def test_a_size_is_the_base_s_or_a_multiple_of_its_tokens(here: Path, family_folders: Folders) -> None:
     flags = ["--prompt", PROMPT, "--base"]
     assert prepare(parse([*flags, str(family_folders("flux"))])).size == (1024, 1024)
@@ -174,6 +202,8 @@ def test_a_size_is_the_base_s_or_a_multiple_of_its_tokens(here: Path, family_fol
         ("sd3", "--true_cfg_scale 2", "A StableDiffusion3Pipeline takes no true_cfg_scale"),
         ("sd3", "--max_sequence_length=-1", "The max sequence length must be at least 0, not -1"),
         ("flux", "--max_sequence_length 513", "is 513, but a FluxPipeline reads at most 512 tokens of a prompt; low"),
+        ("flux", "--max_sequence_length 0", "is 0, with which a FluxPipeline reads no prompt; give at least 1"),
+        ("sd3", "--max_sequence_length 0", "is 0, with which a StableDiffusion3Pipeline reads no prompt"),
         ("z_image", "--max_sequence_length 225", "is 225, but a ZImagePipeline reads at most 224 tokens"),
         ("sd3", "--clip_skip 2", "--clip_skip must be a whole number from 0 to 1 with this base, not 2"),
         ("qwen_image", "--guidance_scale 4", "ignores --guidance_scale; give --true_cfg_scale in place of it"),
@@ -260,6 +290,13 @@ def test_distilled_bases_ignore_guidance(
         given = ["--base", str(changed(family_folders(name), here / name, file, change)), "--prompt", PROMPT]
         assert prepare(parse(given)).options.guidance_scale is None
         refused_early([*given, "--guidance_scale", "3"], "ignores --guidance_scale", monkeypatch, capsys)
+
+
+def test_sd3_without_t5_reads_clip_s_tokens_alone(here: Path, family_folders: Folders) -> None:
+    """Of whose number ``max_sequence_length`` says nothing."""
+    change = {name: [None, None] for name in ("text_encoder_3", "tokenizer_3")}
+    folder = changed(family_folders("sd3"), here / "sd3", "model_index.json", change)
+    assert run_on(folder, "out", "--prompt", PROMPT, "--max_sequence_length", "0")
 
 
 def test_phrases_need_a_base_in_whose_tokens_they_are_located(

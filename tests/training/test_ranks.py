@@ -5,20 +5,23 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 from ddp_worker import settings_for, small_pictures
-from process_helpers import finish, start_ranks
+from process_helpers import finish, start_ranks, wait_for
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from training_helpers import silent_run
 
 from localctl.adapter_files import find_adapter
 from localctl.cli import train
-from localctl.distributed import LostProcess, leave
+from localctl.cli.program import report_error
+from localctl.distributed import LostProcess, leave, on_first
+from localctl.launchers import read_mpi
 from localctl.training import data, loop, state
-from localctl.training.checkpoints import list_checkpoints
+from localctl.training.checkpoints import check_writable, list_checkpoints
 from localctl.training.state import new_accelerator
 from localctl.training.trackers import read_stats
 
@@ -62,6 +65,59 @@ def test_processes_that_torchrun_starts_without_a_gpu_train_together_and_the_fir
     assert second == ""
     assert find_adapter(str(tmp_path / "run")) is not None
     assert [row["step"] for row in read_stats(tmp_path / "run")] == [1, 2]
+
+
+def refused_by_the_first(base: Path, folder: Path) -> int:
+    """Find on one process what all are then told, and print it as the programs do."""
+    os.environ["TORCHELASTIC_ERROR_FILE"] = str(folder / os.environ["RANK"] / "error.json")
+    new_accelerator(settings_for(base, folder, "none", 2))
+    with (folder / f"said-{os.environ['RANK']}").open("w") as file, redirect_stderr(file):
+        try:
+            on_first(lambda: check_writable(base / "model_index.json"))
+        except ValueError as error:
+            return report_error("train_adapter.py", error)
+    return 0
+
+
+def test_an_error_of_all_processes_is_told_by_one(sd_folder, tmp_path):
+    assert [finish(process) for process in start_ranks(2, refused_by_the_first, sd_folder, tmp_path)] == [2, 2]
+    told = "".join((tmp_path / f"said-{rank}").read_text() for rank in (0, 1))
+    assert told.count("train_adapter.py: Nothing can be written to") == 1
+
+
+def alone(base: Path, folder: Path) -> int:
+    """Make the accelerator as one of two processes, the other of which is missing."""
+    with (folder / "said").open("w", buffering=1) as file, redirect_stderr(file):
+        new_accelerator(settings_for(base, folder, "none", 1))
+    return 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_process_that_waits_for_a_missing_one_ends_at_a_signal(number, sd_folder, tmp_path):
+    [waiting] = start_ranks(2, alone, sd_folder, tmp_path, only=0)
+    wait_for(
+        lambda: (tmp_path / "said").exists() and "waiting for the other" in (tmp_path / "said").read_text(), waiting
+    )
+    time.sleep(0.3)  # until it waits in torch
+    os.kill(waiting.pid, number)
+    assert finish(waiting, 10) == -number
+
+
+def joined_by_mpi(base: Path, folder: Path) -> int:
+    """Make the accelerator as ``mpirun`` starts a process: without the variables of torchrun."""
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR"):
+        value = os.environ.pop(name)
+        names = {"WORLD_SIZE": "SIZE", "LOCAL_WORLD_SIZE": "LOCAL_SIZE"}
+        if name != "MASTER_ADDR":
+            os.environ[f"OMPI_COMM_WORLD_{names.get(name, name)}"] = value
+    read_mpi()
+    made = new_accelerator(settings_for(base, folder, "none", 2))
+    leave()
+    return made.num_processes * 10 + made.process_index
+
+
+def test_processes_that_mpirun_starts_train_together(sd_folder, tmp_path):
+    assert [finish(process) for process in start_ranks(2, joined_by_mpi, sd_folder, tmp_path)] == [20, 21]
 
 
 def unjoined(base: Path, folder: Path, with_rank: bool) -> int:

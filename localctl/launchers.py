@@ -1,0 +1,86 @@
+"""Which launcher started this process, and among how many others. Nothing here loads torch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import MutableMapping
+from pathlib import Path
+
+_TORCHRUN, _ACCELERATE = "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"  # set by the launchers
+_ERROR_FILE, _SESSION = "TORCHELASTIC_ERROR_FILE", "PMIX_SERVER_TMPDIR"
+_HERE, _PORT = "127.0.0.1", "29500"  # the port is torchrun's own default
+# Variables of torch -> those of Open MPI, of MPICH and Intel MPI, and of MVAPICH.
+_OF_MPI = {
+    "WORLD_SIZE": ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"),
+    "RANK": ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK"),
+    "LOCAL_RANK": ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_LOCAL_RANK"),
+    "LOCAL_WORLD_SIZE": ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_LOCAL_SIZE"),
+}
+
+
+def launcher() -> int | None:
+    """Return the process id of torchrun or `accelerate launch` if one of them started this process, else None."""
+    parent = os.getppid()
+    started = _TORCHRUN in os.environ or (_ACCELERATE in os.environ and _is_accelerate(parent))
+    return parent if started else None
+
+
+def _is_accelerate(pid: int) -> bool:
+    """Return whether a process is `accelerate launch`, as users set its variables, too; True without /proc."""
+    try:
+        return b"accelerate" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return True
+
+
+def read_mpi(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set torch's variables of processes for one that ``mpirun`` started among others, where WORLD_SIZE is not set.
+
+    For programs, as one of their first actions. On one machine the processes meet there, at torchrun's own port.
+    """
+    found = {name: next(filter(None, map(environment.get, names)), None) for name, names in _OF_MPI.items()}
+    if "WORLD_SIZE" in environment or not (found["WORLD_SIZE"] or "").isdigit() or found["WORLD_SIZE"] == "1":
+        return
+    if found["LOCAL_WORLD_SIZE"] == found["WORLD_SIZE"]:
+        found |= {"MASTER_ADDR": _HERE, "MASTER_PORT": _PORT}
+    for name, value in found.items():
+        if value is not None:
+            environment.setdefault(name, value)
+
+
+def is_first() -> bool:
+    """Return whether this is the first process that torchrun or ``mpirun`` started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def tells(text: str, follows: bool = False) -> bool:
+    """Return whether this process is to print an error: of the processes of a launcher on this machine, the first that
+    has it. All are, where the launcher gives them no folder in common.
+
+    follows: what is told follows from whatever ended another process, so it is told only if that was silent.
+    """
+    folder = _common_folder()
+    if folder is None:
+        return True
+    mark = "localctl_told_"
+    if follows and any(folder.glob(f"{mark}*")):
+        return False
+    try:
+        (folder / f"{mark}{'' if follows else hashlib.sha256(text.encode(errors='replace')).hexdigest()}").touch(
+            exist_ok=False
+        )
+    except FileExistsError:
+        return False
+    except OSError:  # the disk is full, for example
+        return True
+    return True
+
+
+def _common_folder() -> Path | None:
+    """Return the folder that a launcher made for its processes on this machine and removes in the end."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return None
+    if _ERROR_FILE in os.environ:  # of torchrun and `accelerate launch`: ATTEMPT/RANK/error.json
+        return Path(os.environ[_ERROR_FILE]).parents[1]
+    return Path(os.environ[_SESSION]) if _SESSION in os.environ else None

@@ -1,0 +1,90 @@
+"""Launchers: which one started this process, what MPI calls its processes, and one voice for an error of several."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from localctl.distributed import LostProcess
+from localctl.launchers import _is_accelerate, launcher, read_mpi, tells
+from localctl.messages import fail
+
+OPEN_MPI = {f"OMPI_COMM_WORLD_{name}": value for name, value in {"SIZE": "4", "RANK": "3"}.items()}
+LOCAL = {"OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+JOINED = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+
+
+def test_torchrun_and_accelerate_are_known_by_their_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    assert launcher() is None
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setattr("localctl.launchers._is_accelerate", lambda pid: True)
+    assert launcher() == os.getppid()
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="the system does not say what runs")
+def test_who_sets_the_variables_of_accelerate_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell that is left, as after nohup, must not stop the training."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert launcher() is None  # pytest's own parent
+    found = []
+    for name in ("/env/bin/accelerate", "bash"):
+        process = subprocess.Popen([name, "30"], executable="/bin/sleep")
+        while not Path(f"/proc/{process.pid}/cmdline").read_bytes():  # until the program is loaded
+            time.sleep(0.01)
+        found.append(_is_accelerate(process.pid))
+        process.kill()
+        process.wait()
+    assert found == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("given", "added"),
+    [
+        ({}, {}),
+        (OPEN_MPI | LOCAL, JOINED),
+        ({"PMI_SIZE": "4", "PMI_RANK": "3", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}, JOINED),
+        ({"MV2_COMM_WORLD_SIZE": "4", "MV2_COMM_WORLD_RANK": "0"}, {"WORLD_SIZE": "4", "RANK": "0"}),
+        ({"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}, {}),
+        ({**OPEN_MPI, **LOCAL, "WORLD_SIZE": "1"}, {}),
+        ({**OPEN_MPI, **LOCAL, "WORLD_SIZE": "2", "RANK": "1"}, {}),  # torchrun within mpirun
+        ({"PMI_SIZE": "two"}, {}),
+    ],
+)
+def test_processes_of_mpi_are_told_as_torch_s(given: dict[str, str], added: dict[str, str]) -> None:
+    environment = dict(given)
+    read_mpi(environment)
+    assert environment == {**given, **added}
+
+
+def test_on_one_machine_they_meet_there() -> None:
+    environment = {**OPEN_MPI, **LOCAL, "OMPI_COMM_WORLD_LOCAL_SIZE": "4", "MASTER_PORT": "1234"}
+    read_mpi(environment)
+    assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("127.0.0.1", "1234")
+
+
+def test_an_error_that_several_processes_have_is_told_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tells("the same") and tells("the same")  # of one process
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "0" / "error.json"))
+    lost = LostProcess("gone"), LostProcess("gone, said otherwise")
+    for error in (*lost, ValueError("the same"), ValueError("the same"), ValueError("of this one"), *lost):
+        fail("train", error)
+    assert capsys.readouterr().err == "train: gone\ntrain: the same\ntrain: of this one\n"
+
+
+def test_what_follows_from_a_told_error_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    monkeypatch.setenv("PMIX_SERVER_TMPDIR", str(tmp_path))
+    assert tells("the disk is full") and not tells("stopped by SIGTERM", follows=True)
+    monkeypatch.setenv("PMIX_SERVER_TMPDIR", str(tmp_path / "gone"))
+    assert tells("the disk is full") and tells("the disk is full")  # rather twice than not at all
