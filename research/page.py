@@ -131,5 +131,5 @@ def sources(provenance: Mapping[str, Any], results: Path, page: Path, more: str 
     ]
     for name, features in provenance.get("distances", {}).items():
         sha, n_real, n_fake = features["weights_sha256"][:12], features["n_real"], features["n_fake"]
-        lines.append(f"- {name}: sha256 {sha}, {n_real} scenes against {n_fake} pictures, {features['preprocessing']}")
+        lines.append(f"- {name}: sha256 {sha}, {n_real} scenes against {n_fake} images, {features['preprocessing']}")
     return [*lines, "- " + ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())]

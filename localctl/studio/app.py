@@ -8,9 +8,10 @@ from typing import Any
 import gradio as gr
 
 from localctl import __version__
-from localctl.studio import leaving_bar, local_control, local_control_actions, place, place_actions, training_tab
+from localctl.studio import leaving_bar, local_control, place, training_tab
 from localctl.studio.config import StudioConfig, short_name
 from localctl.studio.jobs_queue import JobQueue
+from localctl.studio.local_control_actions import FollowHandlers
 from localctl.studio.memory import remember, remembered
 from localctl.studio.studio import Studio
 
@@ -47,10 +48,9 @@ def build(config: StudioConfig | None = None) -> Any:
             studio.sessions.end(request)
 
         blocks.unload(end)
-        restore = place_actions.restore(studio, tab.names, list(tab.groups))
-        remember(blocks, "place", remembered(tab.fields), restore, tab.outputs)
+        remember(blocks, "place", remembered(tab.fields), tab.handlers.restore, tab.outputs)
         kept = remembered(follow.fields)
-        restore = local_control_actions.restore(studio, list(kept))
+        restore = FollowHandlers(studio, list(kept)).restore
         remember(blocks, "follow", kept, restore, [*kept.values(), *follow.rows])
     blocks.studio = studio
     blocks.queue(max_size=QUEUE_SIZE, default_concurrency_limit=QUEUE_SIZE, api_open=False)

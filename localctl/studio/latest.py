@@ -13,11 +13,10 @@ from typing import Any
 
 import gradio as gr
 
-QUICK: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
+PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+QUICK: dict[str, Any] = PRIVATE | {"queue": False}
 # Of what is chosen or loaded: one at a time, in order. "always_last" would send the first choice again, not the last.
-CHOSEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"} | {
-    "concurrency_limit": 1, "concurrency_id": "chosen", "trigger_mode": "multiple"
-}  # fmt: skip
+CHOSEN: dict[str, Any] = PRIVATE | {"concurrency_limit": 1, "concurrency_id": "chosen", "trigger_mode": "multiple"}
 _ASK = """(...values) => {
   const asked = (window.studioAsked = (window.studioAsked ?? 0) + 1);
   for (const id of IDS) (window.studioShown ??= {})[`${id}.value`] = asked;

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import gradio as gr
 
-from localctl.studio import limits, place_actions, progress
+from localctl.studio import limits, progress
 from localctl.studio.addon_restore import addon_values
+from localctl.studio.handlers import chosen_name
 from localctl.studio.jobs_queue import sentence
-from localctl.studio.latest import CHOSEN
+from localctl.studio.latest import CHOSEN, PRIVATE
 from localctl.studio.leaving import Bundle, bundle_of, settings_of_image
 from localctl.studio.local_control import FollowTab
 from localctl.studio.local_control_job import MOST_ADAPTERS
 from localctl.studio.local_control_restore import follow_values
 from localctl.studio.place import PlaceTab
+from localctl.studio.place_jobs import Shown
 from localctl.studio.place_restore import values_of
 from localctl.studio.restoring import check_bounds, seed_values
-from localctl.studio.sessions import Session
 from localctl.studio.studio import Studio
 
 MAX_PNG = 10_000_000  # bytes of an image that is dropped
-_PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
 def add(studio: Studio, place: PlaceTab, follow: FollowTab, tabs: Any) -> None:
@@ -57,58 +56,35 @@ def add(studio: Studio, place: PlaceTab, follow: FollowTab, tabs: Any) -> None:
                 elem_id="leaving-command",
             )
     outputs = [*buttons, command]
+    bar = _Bar(studio, place, follow)
     for asked in (*place.jobs, *follow.jobs):
-        asked.then(offer(studio), None, outputs, queue=False, **_PRIVATE)
+        asked.then(bar.offer, None, outputs, queue=False, **PRIVATE)
     for gallery in (place.gallery, follow.gallery):
-        gallery.select(offer_chosen(studio), None, outputs, **CHOSEN)
+        gallery.select(bar.offer_chosen, None, outputs, **CHOSEN)
     filled = [tabs, *place.outputs, *follow.fields.values(), *follow.rows, place.progress, follow.progress]
-    dropped.upload(take_back(studio, place, follow), dropped, filled, **_PRIVATE)
+    dropped.upload(bar.take_back, dropped, filled, **PRIVATE)
 
 
-def offer(studio: Studio) -> Callable[..., list[Any]]:
-    """Return the handler that offers the last image of a tab."""
+class _Bar:
+    """The handlers of the bar."""
 
-    def handler(request: gr.Request) -> list[Any]:
-        session = studio.sessions.of(request)
-        last = next((item for item in reversed(session.results.values()) if item.kind == "image"), None)
-        return _offered(session, None if last is None else last.path)
+    def __init__(self, studio: Studio, place: PlaceTab, follow: FollowTab) -> None:
+        self.studio, self.place, self.follow = studio, place, follow
 
-    return handler
+    def offer(self, request: gr.Request) -> list[Any]:
+        """Offer the last image of a browser's tab."""
+        return _offered(self.studio.sessions.of(request).newest(lambda item: item.kind == "image"))
 
+    def offer_chosen(self, request: gr.Request, event: gr.SelectData) -> list[Any]:
+        """Offer the image that is chosen in a gallery."""
+        name = chosen_name(event)
+        return _offered(self.studio.sessions.of(request).newest(lambda item: item.path.name == name))
 
-def offer_chosen(studio: Studio) -> Callable[..., list[Any]]:
-    """Return the handler that offers the image that is chosen in a gallery."""
-
-    def handler(request: gr.Request, event: gr.SelectData) -> list[Any]:
-        session = studio.sessions.of(request)
-        image = (event.value or {}).get("image", {}) if isinstance(event.value, dict) else {}
-        name = str(image.get("orig_name", ""))
-        found = next((item for item in reversed(session.results.values()) if item.path.name == name), None)
-        return [gr.skip()] * 4 if found is None else _offered(session, found.path)
-
-    return handler
-
-
-def _offered(session: Session, path: Path | None) -> list[Any]:
-    """Return the updates of the three buttons and of the command."""
-    if path is None:
-        return [gr.skip()] * 4
-    try:
-        found: Bundle = bundle_of(path, path.with_suffix(""))
-    except (ValueError, OSError) as error:
-        return [*[gr.update(value=None, interactive=False)] * 3, sentence(error)]
-    files = (found.image, found.layout, found.bundle)
-    buttons = [gr.update(value=file and str(file), interactive=file is not None) for file in files]
-    return [*buttons, found.command]
-
-
-def take_back(studio: Studio, place: PlaceTab, follow: FollowTab) -> Callable[..., list[Any]]:
-    """Return the handler for an image that is dropped: it fills the tab that made it, and opens that."""
-    names, groups = place.names, list(place.groups)
-
-    def handler(request: gr.Request, content: Any) -> list[Any]:
-        nothing_placed = place_actions.filled(studio, names, groups, {})
-        nothing_followed = [gr.skip()] * (len(follow.fields) + MOST_ADAPTERS)
+    def take_back(self, request: gr.Request, content: Any) -> list[Any]:
+        """Fill the tab that made an image which is dropped, and open it."""
+        studio, fields = self.studio, self.follow.fields
+        nothing_placed = self.place.handlers.filled({})
+        nothing_followed = [gr.skip()] * (len(fields) + MOST_ADAPTERS)
         told = [gr.skip(), gr.skip()]
         try:
             folder = studio.sessions.of(request).new_folder()
@@ -116,22 +92,32 @@ def take_back(studio: Studio, place: PlaceTab, follow: FollowTab) -> Callable[..
             back = _back(options)
             if options.get("adapter"):
                 values = follow_values(options, studio.config)
-                check_bounds(values, follow.fields)
+                check_bounds(values, fields)
                 count = len(options["adapter"])
-                updates = [gr.update(value=values[name]) if name in values else gr.skip() for name in follow.names]
+                updates = [gr.update(value=values[name]) if name in values else gr.skip() for name in fields]
                 rows = [gr.update(visible=index < count) for index in range(MOST_ADAPTERS)]
                 told[1] = progress.done(back)
                 return [gr.update(selected="local_control"), *nothing_placed, *updates, *rows, *told]
             values = values_of(options, studio.config.base, studio.base_size) | addon_values(options, studio.config)
-            check_bounds(values, place.fields)
+            check_bounds(values, self.place.fields)
             told[0] = progress.done(back)
-            placed = place_actions.filled(studio, names, groups, values)
-            return [gr.update(selected="place"), *placed, *nothing_followed, *told]
+            return [gr.update(selected="place"), *self.place.handlers.filled(values), *nothing_followed, *told]
         except Exception as error:  # of whatever file was dropped; a bug is in the log
             failed = progress.failed(sentence(error))
             return [gr.skip(), *nothing_placed, *nothing_followed, failed, failed]
 
-    return handler
+
+def _offered(shown: Shown | None) -> list[Any]:
+    """Return the updates of the three buttons and of the command."""
+    if shown is None:
+        return [gr.skip()] * 4
+    try:
+        found: Bundle = bundle_of(shown.path, shown.path.with_suffix(""))
+    except (ValueError, OSError) as error:
+        return [*[gr.update(value=None, interactive=False)] * 3, sentence(error)]
+    files = (found.image, found.layout, found.bundle)
+    buttons = [gr.update(value=file and str(file), interactive=file is not None) for file in files]
+    return [*buttons, found.command]
 
 
 def _back(options: Mapping[str, Any]) -> str:

@@ -10,16 +10,15 @@ import gradio as gr
 from localctl.studio import local_control_actions as actions
 from localctl.studio.addon_fields import add_fields, photos_of
 from localctl.studio.canvas import canvas
-from localctl.studio.latest import CHOSEN, on_latest
-from localctl.studio.limits import MAX_STEPS
-from localctl.studio.local_control_form import AUTO, PHOTO, PLACES, SOURCES, first_regions
+from localctl.studio.latest import CHOSEN, PRIVATE, on_latest
+from localctl.studio.local_control_actions import FollowHandlers
+from localctl.studio.local_control_form import PHOTO, PLACES, SOURCES, first_regions
 from localctl.studio.local_control_job import MOST_ADAPTERS, adapter_places
-from localctl.studio.place_form import TRUE_CFG
-from localctl.studio.seeds import add_seed_row
+from localctl.studio.shared_fields import PLAIN, Tab, add_guidance, add_job_row, add_seed_row, optional_number
+from localctl.studio.shared_form import AUTO
 from localctl.studio.studio import Studio
 from localctl.studio.uploads import check_photo, photo, unreadable_form
 
-PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 _HINT = "Upload a photo, or choose an example"
 _CHOOSE = """element.addEventListener('click', (event) => {
   const chosen = event.target.closest('button');
@@ -32,26 +31,13 @@ _PAINT = (
 
 
 @dataclass
-class FollowTab:
-    """The tab's components: ``fields`` by name, those that make up its state, and what shows results.
+class FollowTab(Tab):
+    """The tab's components; ``rows``: those of its adapters."""
 
-    jobs: the events that generate images.
-    """
-
-    fields: dict[str, Any] = field(default_factory=dict)
     rows: list[Any] = field(default_factory=list)
-    buttons: dict[str, Any] = field(default_factory=dict)
-    files: dict[str, Any] = field(default_factory=dict)
     conditions: Any = None
-    progress: Any = None
     figures: Any = None
-    gallery: Any = None
-    jobs: list[Any] = field(default_factory=list)
-
-    @property
-    def names(self) -> list[str]:
-        """The names of the fields, in the order of their components as inputs of a handler."""
-        return list(self.fields)
+    handlers: Any = None
 
     @property
     def adapters(self) -> list[Any]:
@@ -60,14 +46,14 @@ class FollowTab:
 
     @property
     def arranged(self) -> list[Any]:
-        """The components that :func:`localctl.studio.local_control_actions.arrange` fills."""
+        """The components that :func:`localctl.studio.local_control_actions.FollowHandlers.arrange` fills."""
         thresholds = [self.fields[name] for name in ("low", "high", "cells")]
         return [self.fields["scene"], self.conditions, *thresholds, *self.rows, self.progress]
 
 
 def add(studio: Studio) -> FollowTab:
     """Add the tab to the page that is being built, and return its components."""
-    tab = FollowTab()
+    tab = FollowTab("follow")
     with gr.Row(elem_classes="studio-columns"):
         with gr.Column(scale=6, min_width=320):
             _photo_column(tab, studio)
@@ -113,12 +99,8 @@ def _photo_column(tab: FollowTab, studio: Studio) -> None:
 
 
 def _result_column(tab: FollowTab) -> None:
-    with gr.Row(elem_classes="studio-actions"):
-        tab.buttons["generate"] = gr.Button("Generate", variant="primary", elem_id="follow-generate", scale=3)
-        tab.buttons["cancel"] = gr.Button("Cancel", elem_id="follow-cancel", scale=1, min_width=90)
-    plain: dict[str, Any] = {"elem_classes": "studio-plain", "apply_default_css": False}
-    tab.progress = gr.HTML("", elem_id="follow-progress", **plain)
-    tab.figures = gr.HTML("", elem_id="follow-figures", **plain)
+    add_job_row(tab)
+    tab.figures = gr.HTML("", elem_id="follow-figures", **PLAIN)
     tab.gallery = gr.Gallery(
         label="Results",
         show_label=False,
@@ -131,7 +113,7 @@ def _result_column(tab: FollowTab) -> None:
         buttons=["fullscreen"],
         elem_id="follow-gallery",
     )
-    add_seed_row(tab.fields, "follow")
+    add_seed_row(tab)
 
 
 def _adapter_rows(tab: FollowTab, studio: Studio) -> None:
@@ -176,64 +158,43 @@ def _condition_fields(tab: FollowTab) -> None:
 def _sampling_fields(tab: FollowTab, studio: Studio) -> None:
     shown = studio.offers
     with gr.Accordion("Sampling", open=False):
-        tab.fields["negative_prompt"] = gr.Textbox(
-            label="Negative prompt", max_lines=2, visible=shown("negative_prompt")
-        )
-        with gr.Row():
-            tab.fields["steps"] = gr.Slider(1, MAX_STEPS, value=30, step=1, label="Steps", elem_id="follow-steps")
-            suits = "auto: what suits the base"
-            tab.fields["guidance_scale"] = _number("Guidance scale", suits, shown("guidance_scale"))
-            tab.fields["true_cfg_scale"] = _number(TRUE_CFG, suits, shown("true_cfg_scale"))
+        add_guidance(tab, studio, "base")
         with gr.Row():
             tab.fields["scheduler"] = gr.Dropdown([AUTO, *studio.schedulers], value=AUTO, label="Scheduler")
-            tab.fields["width"] = _number("Width", "as the photo")
-            tab.fields["height"] = _number("Height", "as the photo")
+            tab.fields["width"] = optional_number(tab, "Width", "as the photo")
+            tab.fields["height"] = optional_number(tab, "Height", "as the photo")
         with gr.Row():
-            tab.fields["unconditional_scale"] = _number(
-                "Control beside the negative", "auto: the adapter's own", shown("unconditional_scale")
+            tab.fields["unconditional_scale"] = optional_number(
+                tab, "Control beside the negative", "auto: the adapter's own", shown("unconditional_scale")
             )
-            tab.fields["control_guidance_scale"] = _number(
-                "Guidance scale of the control", "none of its own", shown("control_guidance_scale")
+            tab.fields["control_guidance_scale"] = optional_number(
+                tab, "Guidance scale of the control", "none of its own", shown("control_guidance_scale")
             )
-
-
-def _number(label: str, placeholder: str, visible: bool = True) -> Any:
-    """Return a field for a number or nothing: ``gr.Number`` has 0 for nothing as soon as it is shown."""
-    return gr.Textbox(
-        label=label,
-        placeholder=placeholder,
-        max_lines=1,
-        visible=visible,
-        elem_id=f"follow-{label.lower().replace(' ', '-')}",
-    )
 
 
 def _connect(tab: FollowTab, studio: Studio) -> None:
     """Connect the components to the handlers."""
-    names, inputs = tab.names, list(tab.fields.values())
+    tab.handlers = handlers = FollowHandlers(studio, tab.names)
+    inputs = list(tab.fields.values())
     results = [tab.progress, tab.figures, tab.gallery]
-    asked = tab.buttons["generate"].click(actions.generate(studio, names), inputs, results, **PRIVATE)
+    asked = tab.buttons["generate"].click(handlers.generate, inputs, results, **PRIVATE)
     asked.failure(unreadable_form, None, tab.progress, **PRIVATE)
     tab.jobs.append(asked)
-    tab.buttons["cancel"].click(actions.cancel(studio), None, None, queue=False, **PRIVATE)
-    tab.gallery.select(actions.choose(studio), None, tab.figures, **CHOSEN)
-
-    arrange = actions.arrange(studio, names)
+    tab.buttons["cancel"].click(handlers.cancel, None, None, queue=False, **PRIVATE)
+    tab.gallery.select(handlers.choose, None, tab.figures, **CHOSEN)
     arranging = [tab.fields["photo"].change, *(adapter.input for adapter in tab.adapters)]
     arranging += [tab.fields[name].input for name in ("source", "width", "height")]
-    arranged = on_latest(arranging, arrange, inputs, tab.arranged)
+    arranged = on_latest(arranging, handlers.arrange, inputs, tab.arranged)
     arranged.failure(actions.unreadable, None, tab.progress, **PRIVATE)
     for name in photos_of(tab.fields)[1:]:
         checked = on_latest([tab.fields[name].change], check_photo, [tab.fields[name]], [tab.progress])
         checked.failure(actions.unreadable, None, tab.progress, **PRIVATE)
     for name, change in (("more", 1), ("fewer", -1)):
-        on_latest([tab.buttons[name].click], actions.change_count(studio, names, change), inputs, tab.arranged)
+        on_latest([tab.buttons[name].click], handlers.change_count(change), inputs, tab.arranged)
     thresholds = [tab.fields[name] for name in ("low", "high", "cells")]
     moved, shown = [part.input for part in thresholds], [tab.conditions, tab.progress]
-    on_latest(moved, actions.extract_again(studio, names), inputs, shown, chosen=thresholds)
+    on_latest(moved, handlers.extract_again, inputs, shown, chosen=thresholds)
     tab.files["example"].select(actions.choose_example, None, [tab.fields["photo"], tab.fields["prompt"]], **CHOSEN)
-    tab.files["mask"].upload(
-        actions.load_mask(studio, names), [tab.files["mask"], *inputs], [tab.fields["scene"], tab.progress], **PRIVATE
-    )
-    refresh = actions.refresh_adapters(studio)
-    tab.buttons["refresh"].click(refresh, tab.adapters, tab.adapters, queue=False, **PRIVATE)
+    painted = [tab.fields["scene"], tab.progress]
+    tab.files["mask"].upload(handlers.load_mask, [tab.files["mask"], *inputs], painted, **PRIVATE)
+    tab.buttons["refresh"].click(handlers.refresh_adapters, tab.adapters, tab.adapters, queue=False, **PRIVATE)

@@ -9,37 +9,28 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from localctl.bases import SCHEDULERS
 from localctl.settings import ConditionConfig
 from localctl.studio import limits
-from localctl.studio.addon_fields import EVERYWHERE, Addons, addon_settings, read_addons
+from localctl.studio.addon_fields import EVERYWHERE, addon_settings
 from localctl.studio.config import StudioConfig
 from localctl.studio.limits import Scene, SceneRegion
 from localctl.studio.local_control_job import MOST_ADAPTERS, Follow, Order, Thresholds, settings_of
+from localctl.studio.shared_form import SharedForm, read_shared
 from localctl.studio.uploads import read_photo
 
-AUTO = "auto"
 PHOTO = "a photo"
 SOURCES = (PHOTO, "a finished condition")
 USUAL = ConditionConfig()
 PLACES = (EVERYWHERE, *(f"mask {number}" for number in range(1, MOST_ADAPTERS + 1)))  # of an addon
 
 
-@dataclass(frozen=True)
-class FollowForm:
+@dataclass(frozen=True, kw_only=True)
+class FollowForm(SharedForm):
     """The fields of the tab, checked. None: what suits the base."""
 
     order: Order
-    prompt: str
-    negative_prompt: str
-    scheduler: str | None
-    steps: int
-    guidance_scale: float | None
-    true_cfg_scale: float | None
-    seeds: list[int]
     unconditional_scale: float | None
     control_guidance_scale: float | None
-    addons: Addons
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -47,13 +38,8 @@ class FollowForm:
         if not self.prompt:
             raise ValueError("There is no prompt; describe the image.")
         return {
+            **super().sampling,
             "prompt": [self.prompt],
-            "negative_prompt": self.negative_prompt or None,
-            "scheduler": self.scheduler,
-            "num_inference_steps": self.steps,
-            "guidance_scale": self.guidance_scale,
-            "true_cfg_scale": self.true_cfg_scale,
-            "seeds": self.seeds,
             "unconditional_scale": None if self.unconditional_scale is None else [self.unconditional_scale],
             "control_guidance_scale": self.control_guidance_scale,
         }
@@ -116,25 +102,13 @@ def mask_of(region: SceneRegion, scene: Scene) -> Image.Image | None:
 
 def read_form(values: Mapping[str, Any], config: StudioConfig) -> FollowForm:
     """Read all fields by name. ValueError in one sentence for the first that is out of bounds."""
-    get = values.get
-    scheduler = limits.choice("The scheduler", get("scheduler"), (AUTO, *SCHEDULERS))
-    seed = limits.seed(get("seed"))
-    count = limits.whole("The images", get("images"), 1, limits.MAX_IMAGES)
     beside = "The control beside the negative prompt"
+    of_control = "The guidance scale of the control"
     return FollowForm(
         order=read_order(values),
-        prompt=limits.text("The prompt", get("prompt")).strip(),
-        negative_prompt=limits.text("The negative prompt", get("negative_prompt")).strip(),
-        scheduler=None if scheduler == AUTO else scheduler,
-        steps=limits.whole("The steps", get("steps"), 1, limits.MAX_STEPS),
-        guidance_scale=limits.optional_number("The guidance scale", get("guidance_scale"), 0, 30),
-        true_cfg_scale=limits.optional_number("The true CFG scale", get("true_cfg_scale"), 0, 30),
-        seeds=[seed + index for index in range(count)],
-        unconditional_scale=limits.optional_number(beside, get("unconditional_scale"), 0, 1),
-        control_guidance_scale=limits.optional_number(
-            "The guidance scale of the control", get("control_guidance_scale"), 0, 30
-        ),
-        addons=read_addons(values, config, PLACES),
+        unconditional_scale=limits.optional_number(beside, values.get("unconditional_scale"), 0, 1),
+        control_guidance_scale=limits.optional_number(of_control, values.get("control_guidance_scale"), 0, 30),
+        **read_shared(values, config, PLACES),
     )
 
 

@@ -14,9 +14,9 @@ from localctl.studio.addon_restore import addon_values
 from localctl.studio.canvas import data_url
 from localctl.studio.canvas import scene as canvas_value
 from localctl.studio.config import StudioConfig
-from localctl.studio.local_control_form import AUTO, PHOTO, SOURCES, USUAL, first_regions
+from localctl.studio.local_control_form import PHOTO, SOURCES, USUAL, first_regions
 from localctl.studio.local_control_job import MOST_ADAPTERS, Order, Thresholds, adapter_places, find_adapters, run_size
-from localctl.studio.restoring import each, refuse_others, seed_values
+from localctl.studio.restoring import each, number_text, refuse_others, shared_values
 
 _KNOWN = ("image", "condition_image", "mask", "condition", "weight", "start", "end") + (
     "unconditional_scale", "control_guidance_scale"
@@ -55,14 +55,9 @@ def follow_values(options: Mapping[str, Any], config: StudioConfig) -> dict[str,
         "scene": canvas_value(size, regions),
         "height": "" if size == usual else str(size[0]),
         "width": "" if size == usual else str(size[1]),
-        "negative_prompt": options.get("negative_prompt") or "",
-        "scheduler": options.get("scheduler") or AUTO,
-        "steps": options.get("num_inference_steps", 30),
-        "guidance_scale": _text(options.get("guidance_scale")),
-        "true_cfg_scale": _text(options.get("true_cfg_scale")),
-        "control_guidance_scale": _text(options.get("control_guidance_scale")),
+        "control_guidance_scale": number_text(options.get("control_guidance_scale")),
         "unconditional_scale": f"{_for_all(options.get('unconditional_scale') or [1.0]):g}",
-        **seed_values(options)[0],
+        **shared_values(options),
         **addon_values(options, config, "mask"),
     }
     for number, adapter in enumerate(adapters, start=1):
@@ -70,10 +65,6 @@ def follow_values(options: Mapping[str, Any], config: StudioConfig) -> dict[str,
         for name, plain in (("weight", 1.0), ("start", 0.0), ("end", 1.0)):
             values[f"{name}{number}"] = each(options.get(name) or [plain], len(adapters))[number - 1]
     return values
-
-
-def _text(scale: float | None) -> str:
-    return "" if scale is None else f"{scale:g}"
 
 
 def _for_all(scales: Sequence[float]) -> float:

@@ -9,54 +9,39 @@ import gradio as gr
 
 from localctl.bases import SIGMAS
 from localctl.control.presets import CONTROLS, NONE, control_names
-from localctl.studio import place_actions as actions
 from localctl.studio import progress
 from localctl.studio.addon_fields import add_fields as add_addons
 from localctl.studio.addon_fields import photos_of
 from localctl.studio.canvas import canvas
-from localctl.studio.latest import CHOSEN, on_latest
-from localctl.studio.limits import MAX_STEPS
+from localctl.studio.latest import CHOSEN, PRIVATE, on_latest
 from localctl.studio.methods import COMPARED_LABELS, KEY, METHODS, TITLES, Setting, presets_of, settings_of
+from localctl.studio.place_actions import PlaceHandlers, behind, unreadable
 from localctl.studio.place_examples import examples
-from localctl.studio.place_form import AUTO, PHOTO_USES, TRUE_CFG, sweepable
-from localctl.studio.seeds import add_seed_row
+from localctl.studio.place_form import PHOTO_USES, sweepable
+from localctl.studio.shared_fields import PLAIN, Tab, add_guidance, add_job_row, add_seed_row
+from localctl.studio.shared_form import AUTO
 from localctl.studio.studio import Studio
 from localctl.studio.uploads import check_photo, photo, unreadable_form
 
-PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-
 
 @dataclass
-class PlaceTab:
-    """The tab's components: ``fields`` by name, those that make up its state, and what shows results.
+class PlaceTab(Tab):
+    """The tab's components; ``groups``: the settings of its methods, by control."""
 
-    jobs: the events that generate images.
-    """
-
-    fields: dict[str, Any] = field(default_factory=dict)
     groups: dict[str, Any] = field(default_factory=dict)
     prompt_view: Any = None
-    progress: Any = None
-    gallery: Any = None
-    jobs: list[Any] = field(default_factory=list)
-    buttons: dict[str, Any] = field(default_factory=dict)
-    files: dict[str, Any] = field(default_factory=dict)
     examples: dict[str, Any] = field(default_factory=dict)
+    handlers: Any = None
 
     @property
     def outputs(self) -> list[Any]:
-        """The components that :func:`localctl.studio.place_actions.filled` fills."""
+        """The components that :func:`localctl.studio.place_actions.PlaceHandlers.filled` fills."""
         return [*self.fields.values(), *self.groups.values()]
-
-    @property
-    def names(self) -> list[str]:
-        """The names of the fields, in the order of their components as inputs of a handler."""
-        return list(self.fields)
 
 
 def add(studio: Studio) -> PlaceTab:
     """Add the tab to the page that is being built, and return its components."""
-    tab = PlaceTab()
+    tab = PlaceTab("place")
     with gr.Row(elem_classes="studio-columns"):
         with gr.Column(scale=6, min_width=320):
             _scene_column(tab, studio)
@@ -80,7 +65,7 @@ def _scene_column(tab: PlaceTab, studio: Studio) -> None:
         max_lines=6,
         elem_id="place-prompt",
     )
-    tab.prompt_view = gr.HTML("", elem_id="place-prompt-view", elem_classes="studio-plain", apply_default_css=False)
+    tab.prompt_view = gr.HTML("", elem_id="place-prompt-view", **PLAIN)
     tab.fields["scene"] = canvas(
         studio.base_size,
         elem_id="place-canvas",
@@ -93,12 +78,7 @@ def _scene_column(tab: PlaceTab, studio: Studio) -> None:
 
 
 def _result_column(tab: PlaceTab) -> None:
-    with gr.Row(elem_classes="studio-actions"):
-        tab.buttons["generate"] = gr.Button("Generate", variant="primary", elem_id="place-generate", scale=3)
-        tab.buttons["cancel"] = gr.Button("Cancel", elem_id="place-cancel", scale=1, min_width=90)
-    tab.progress = gr.HTML(
-        progress.IDLE, elem_id="place-progress", elem_classes="studio-plain", apply_default_css=False
-    )
+    add_job_row(tab, progress.IDLE)
     tab.gallery = gr.Gallery(
         label="Results",
         show_label=False,
@@ -109,7 +89,7 @@ def _result_column(tab: PlaceTab) -> None:
         buttons=["download", "fullscreen"],
         elem_id="place-gallery",
     )
-    add_seed_row(tab.fields, "place")
+    add_seed_row(tab)
 
 
 def _method_fields(tab: PlaceTab, studio: Studio) -> None:
@@ -145,20 +125,7 @@ def _setting(tab: PlaceTab, setting: Setting, values: dict[str, Any], studio: St
 def _sampling_fields(tab: PlaceTab, studio: Studio) -> None:
     shown = studio.offers
     with gr.Accordion("Sampling", open=False):
-        tab.fields["negative_prompt"] = gr.Textbox(
-            label="Negative prompt", max_lines=2, visible=shown("negative_prompt")
-        )
-        with gr.Row():
-            tab.fields["steps"] = gr.Slider(1, MAX_STEPS, value=30, step=1, label="Steps", elem_id="place-steps")
-            tab.fields["guidance_scale"] = gr.Textbox(
-                label="Guidance scale",
-                placeholder="auto: what suits the method",
-                max_lines=1,
-                visible=shown("guidance_scale"),
-            )
-            tab.fields["true_cfg_scale"] = gr.Textbox(
-                label=TRUE_CFG, placeholder="auto: what suits the base", max_lines=1, visible=shown("true_cfg_scale")
-            )
+        add_guidance(tab, studio, "method")
         with gr.Row():
             tab.fields["scheduler"] = gr.Dropdown([AUTO, *studio.schedulers], value=AUTO, label="Scheduler")
             tab.fields["sigmas"] = gr.Dropdown([AUTO, *SIGMAS], value=AUTO, label="Noise levels")
@@ -224,37 +191,34 @@ def _study_fields(tab: PlaceTab, studio: Studio) -> None:
 
 def _connect(tab: PlaceTab, studio: Studio) -> None:
     """Connect the components to the handlers."""
-    names, inputs = tab.names, list(tab.fields.values())
-    results = [tab.progress, tab.gallery]
+    tab.handlers = PlaceHandlers(studio, tab.names, list(tab.groups))
+    inputs = list(tab.fields.values())
     for button, kind in (("generate", "images"), ("compare", "compare"), ("sweep", "sweep")):
-        asked = tab.buttons[button].click(actions.generate(studio, names, kind), inputs, results, **PRIVATE)
+        asked = tab.buttons[button].click(tab.handlers.generate(kind), inputs, [tab.progress, tab.gallery], **PRIVATE)
         asked.failure(unreadable_form, None, tab.progress, **PRIVATE)
         tab.jobs.append(asked)
-    tab.buttons["cancel"].click(actions.cancel(studio), None, None, queue=False, **PRIVATE)
-    _connect_scene(tab, studio)
+    tab.buttons["cancel"].click(tab.handlers.cancel, None, None, queue=False, **PRIVATE)
+    _connect_scene(tab, tab.handlers)
 
 
-def _connect_scene(tab: PlaceTab, studio: Studio) -> None:
-    fields, base = tab.fields, studio.config.base
+def _connect_scene(tab: PlaceTab, handlers: PlaceHandlers) -> None:
+    fields = tab.fields
     looked: list[Any] = [fields["prompt"], fields["scene"]]
-    marks = [tab.prompt_view, fields["scene"]]
     quick: dict[str, Any] = {**PRIVATE, "trigger_mode": "always_last", "queue": False}
     # Also what an example or a file has put there: the marks have one writer.
-    on_latest([fields["prompt"].change, fields["scene"].change], actions.look(studio), looked, marks)
-    shown = [*(fields[name] for name in actions.method_outputs(tab.names)), *tab.groups.values()]
-    fields["method"].input(actions.choose_method(base, tab.names, list(tab.groups)), fields["method"], shown, **quick)
-    shown_photo = on_latest(
-        [fields["photo"].change], actions.behind, [fields["photo"]], [fields["scene"], tab.progress]
-    )
-    shown_photo.failure(actions.unreadable, None, [tab.progress, fields["photo"]], **PRIVATE)
-    for name in photos_of(fields)[1:]:
-        checked = on_latest([fields[name].change], check_photo, [fields[name]], [tab.progress])
-        checked.failure(actions.unreadable, None, [tab.progress, fields[name]], **PRIVATE)
+    marks = [tab.prompt_view, fields["scene"]]
+    on_latest([fields["prompt"].change, fields["scene"].change], handlers.look, looked, marks)
+    shown = [*(fields[name] for name in handlers.of_method), *tab.groups.values()]
+    fields["method"].input(handlers.choose_method, fields["method"], shown, **quick)
+    for name in photos_of(fields):
+        read, told = (behind, [fields["scene"], tab.progress]) if name == "photo" else (check_photo, [tab.progress])
+        checked = on_latest([fields[name].change], read, [fields[name]], told)
+        checked.failure(unreadable, None, [tab.progress, fields[name]], **PRIVATE)
     loaded = [*looked, tab.progress]
-    for name, load in (("layout", actions.load_json(studio)), ("colors", actions.load_colors(studio))):
+    for name, load in (("layout", handlers.load_json), ("colors", handlers.load_colors)):
         tab.files[name].upload(load, [tab.files[name], *looked], loaded, **CHOSEN)
     for name, button in tab.examples.items():
-        button.click(actions.load_example(studio), [gr.State(name), *looked], loaded, **CHOSEN)
-    tab.buttons["predict"].click(actions.predict(studio), [*looked, fields["seed"]], loaded, **CHOSEN)
-    tab.buttons["behind"].click(actions.last_behind(studio), None, fields["scene"], **CHOSEN)
-    tab.buttons["clear"].click(actions.clear(studio), looked, loaded, **CHOSEN)
+        button.click(handlers.load_example, [gr.State(name), *looked], loaded, **CHOSEN)
+    tab.buttons["predict"].click(handlers.predict, [*looked, fields["seed"]], loaded, **CHOSEN)
+    tab.buttons["behind"].click(handlers.last_behind, None, fields["scene"], **CHOSEN)
+    tab.buttons["clear"].click(handlers.clear, looked, loaded, **CHOSEN)

@@ -10,57 +10,42 @@ from typing import Any
 
 from PIL import Image
 
-from localctl.bases import SCHEDULERS, SIGMAS
+from localctl.bases import SIGMAS
 from localctl.control.presets import NONE, control_names
 from localctl.images import MAX_PIXELS
 from localctl.layout import Layout
 from localctl.layout_io import save_layout
 from localctl.masks import mask_to_pil
 from localctl.studio import limits
-from localctl.studio.addon_fields import Addons, addon_settings, read_addons, region_of
+from localctl.studio.addon_fields import addon_settings, region_of
 from localctl.studio.config import StudioConfig
 from localctl.studio.limits import Scene
 from localctl.studio.methods import COMPARED, COMPARED_LABELS, METHODS, changed_settings, settings_of
 from localctl.studio.scenes import layout_of, prompt_of
+from localctl.studio.shared_form import AUTO, SharedForm, read_shared
 from localctl.studio.uploads import read_photo
 
-AUTO = "auto"
-TRUE_CFG = "Guidance by the negative prompt (true CFG)"
 PHOTO_USES = {"Behind the regions": "behind", "Image to image": "image", "Repaint the regions": "inpaint"}
 MAX_SWEEP = 16  # images
 
 
-@dataclass(frozen=True)
-class PlaceForm:
+@dataclass(frozen=True, kw_only=True)
+class PlaceForm(SharedForm):
     """The fields of the tab, checked. ``method``: names joined by +. None: what suits base and method."""
 
-    prompt: str
-    negative_prompt: str
     scene: Scene
     method: str
     settings: tuple[str, ...]
-    scheduler: str | None
     sigmas: str | None
-    steps: int
-    guidance_scale: float | None
-    true_cfg_scale: float | None
     guidance_rescale: float
     clip_skip: int
-    seed: int
-    images: int
     overlap: str
     photo: Image.Image | None
     photo_use: str
     photo_strength: float
     upscale: float
     upscale_strength: float
-    addons: Addons
     compared: tuple[str, ...] = COMPARED
-
-    @property
-    def seeds(self) -> list[int]:
-        """One seed for each image."""
-        return [self.seed + index for index in range(self.images)]
 
     @property
     def texts(self) -> list[str]:
@@ -77,9 +62,7 @@ def read_form(values: Mapping[str, Any], config: StudioConfig) -> PlaceForm:
     """Read the fields by name. ValueError in one sentence for the first that is out of bounds."""
     get = values.get
     method = METHODS[limits.choice("The method", get("method"), METHODS)]
-    scheduler = limits.choice("The scheduler", get("scheduler"), (AUTO, *SCHEDULERS))
     sigmas = limits.choice("The noise levels", get("sigmas"), (AUTO, *SIGMAS))
-    seed = limits.seed(get("seed"))
     compared = get("compared", COMPARED_LABELS)
     scene, upscale = limits.scene(get("scene")), limits.number("The second pass", get("upscale"), 1, 4)
     if scene.width * scene.height * upscale**2 > MAX_PIXELS:
@@ -88,27 +71,19 @@ def read_form(values: Mapping[str, Any], config: StudioConfig) -> PlaceForm:
             f"{MAX_PIXELS:,}; choose a smaller factor or canvas."
         )
     return PlaceForm(
-        prompt=limits.text("The prompt", get("prompt")).strip(),
-        negative_prompt=limits.text("The negative prompt", get("negative_prompt")).strip(),
         scene=scene,
         method=method,
         settings=tuple(changed_settings(method, config.base, values)),
-        scheduler=None if scheduler == AUTO else scheduler,
         sigmas=None if sigmas == AUTO else sigmas,
-        steps=limits.whole("The steps", get("steps"), 1, limits.MAX_STEPS),
-        guidance_scale=limits.optional_number("The guidance scale", get("guidance_scale"), 0, 30),
-        true_cfg_scale=limits.optional_number("The true CFG scale", get("true_cfg_scale"), 0, 30),
         guidance_rescale=limits.number("The guidance rescale", get("guidance_rescale"), 0, 1),
         clip_skip=limits.whole("CLIP skip", get("clip_skip"), 0, 12),
-        seed=seed,
-        images=limits.whole("The images", get("images"), 1, limits.MAX_IMAGES),
         overlap=limits.choice("The overlap policy", get("overlap"), ("share", "first", "last", "smallest")),
         photo=read_photo("The photo", get("photo")),
         photo_use=PHOTO_USES[limits.choice("The use of the photo", get("photo_use"), PHOTO_USES)],
         photo_strength=limits.number("The strength of the change", get("photo_strength"), 0, 1),
         upscale=upscale,
         upscale_strength=limits.number("The strength of the second pass", get("upscale_strength"), 0, 1),
-        addons=read_addons(values, config),
+        **read_shared(values, config),
         compared=tuple(METHODS[label] for label in limits.choices("The methods to compare", compared, METHODS)),
     )
 
@@ -136,7 +111,7 @@ def read_sweep(values: Mapping[str, Any], form: PlaceForm) -> Sweep:
         rows = limits.numbers("The values of the rows", values.get("sweep_rows"), -1000, 1000, MAX_SWEEP)
     if row == column:
         raise ValueError("The rows and the columns sweep the same setting; choose two different ones, or none.")
-    count = len(columns) * max(1, len(rows)) * form.images
+    count = len(columns) * max(1, len(rows)) * len(form.seeds)
     if count > MAX_SWEEP:
         raise ValueError(f"The sweep asks for {count} images, more than {MAX_SWEEP}; give fewer values or images.")
     return Sweep(column, tuple(columns), None if row == NONE else row, tuple(rows))
@@ -158,14 +133,9 @@ def settings_for(
     """
     settings: dict[str, Any] = {
         **config.run_settings,
-        "seeds": form.seeds,
-        "num_inference_steps": form.steps,
-        "guidance_scale": form.guidance_scale,
-        "true_cfg_scale": form.true_cfg_scale,
+        **form.sampling,
         "guidance_rescale": form.guidance_rescale or None,
-        "negative_prompt": form.negative_prompt or None,
         "clip_skip": form.clip_skip or None,
-        "scheduler": form.scheduler,
         **({f"use_{form.sigmas}_sigmas": True} if form.sigmas else {}),
         "output_dir": str(folder),
         **addon_settings(form.addons, partial(region_of, form.scene), form.texts, config, folder),

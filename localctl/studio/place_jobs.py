@@ -25,12 +25,16 @@ from localctl.studio.studio import Studio
 
 @dataclass(frozen=True)
 class Shown:
-    """An image for the gallery. kind: image, heat or sheet. lines: what is found in it."""
+    """An image for the gallery.
+
+    kind: image, heat or sheet. lines: what is found in it. figures: what else is shown of it, as HTML.
+    """
 
     path: Path
     caption: str
     kind: str
     lines: tuple[str, ...] = ()
+    figures: str = ""
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,12 @@ from localctl.sizes import shown
 from localctl.studio import limits
 from localctl.studio.canvas import scene as canvas_value
 from localctl.studio.methods import METHODS, Setting, settings_of, shown_presets
-from localctl.studio.place_form import AUTO, MAX_SWEEP, PHOTO_USES, sweepable
-from localctl.studio.restoring import refuse_others, seed_values
+from localctl.studio.place_form import MAX_SWEEP, PHOTO_USES, sweepable
+from localctl.studio.restoring import refuse_others, shared_values
 from localctl.studio.scenes import scene_of
+from localctl.studio.shared_form import AUTO
 
 _PLAIN = {
-    "negative_prompt": "",
-    "scheduler": AUTO,
     "guidance_rescale": 0,
     "clip_skip": 0,
     "upscale": 1,
@@ -50,10 +49,7 @@ def values_of(options: Mapping[str, Any], base: str, size: tuple[int, int]) -> d
     """
     refuse_others(options, _KNOWN, "Place")
     values: dict[str, Any] = {name: options.get(name) or usual for name, usual in _PLAIN.items()}
-    values |= {"steps": options.get("num_inference_steps", 30), **seed_values(options)[0]}
-    for name in ("guidance_scale", "true_cfg_scale"):
-        scale = options.get(name)
-        values[name] = "" if scale is None else f"{scale:g}"
+    values |= shared_values(options)
     values["sigmas"] = next((name for name in SIGMAS if options.get(f"use_{name}_sigmas")), AUTO)
     values |= _scene(options, size)
     shape = values["scene"]["height"], values["scene"]["width"]

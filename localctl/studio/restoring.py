@@ -8,6 +8,7 @@ from typing import Any
 from localctl.jobs.settings import HERE, PLACES, SampleSettings
 from localctl.sizes import shown
 from localctl.studio import limits
+from localctl.studio.shared_form import AUTO
 
 # Both tabs have a field for these; or the server decides them, or they do not change an image.
 _EVERYWHERE = frozenset(
@@ -49,6 +50,18 @@ def seed_values(options: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         return values, ""
     others = shown(seeds[count:])
     return values, f"The run had the seeds {others}, too, which do not follow: the page takes up to 8 in a row."
+
+
+def shared_values(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of the fields of sampling that both tabs have, seeds included."""
+    texts = {name: number_text(options.get(name)) for name in ("guidance_scale", "true_cfg_scale")}
+    given = {"scheduler": options.get("scheduler") or AUTO, "steps": options.get("num_inference_steps", 30)}
+    return {"negative_prompt": options.get("negative_prompt") or "", **given, **texts, **seed_values(options)[0]}
+
+
+def number_text(value: float | None) -> str:
+    """Return what a field for a number or nothing shows."""
+    return "" if value is None else f"{value:g}"
 
 
 def each(values: Sequence[Any], count: int) -> list[Any]:

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +46,10 @@ class Session:
             with suppress(FileNotFoundError):
                 (self.folder / name).unlink()
             shutil.rmtree((self.folder / name).with_suffix(""), ignore_errors=True)  # what was offered with it
+
+    def newest(self, fits: Callable[[Any], object]) -> Any:
+        """Return the newest result that ``fits``, or None."""
+        return next(filter(fits, reversed(self.results.values())), None)
 
     def cancel(self) -> int:
         """Ask all jobs of this session to stop; return how many there were."""

@@ -15,6 +15,7 @@ import pandas as pd
 from localctl.images import load_image
 from localctl.studio import progress
 from localctl.studio.jobs_queue import sentence
+from localctl.studio.latest import PRIVATE
 from localctl.studio.local_control_job import adapter_places
 from localctl.studio.studio import Studio
 from localctl.studio.training_runs import (
@@ -49,6 +50,11 @@ class _View:
     step: Any
     sheet: Any
     adapter: Any
+
+    @property
+    def parts(self) -> list[Any]:
+        """All of them, in the order of :func:`_shown`."""
+        return [self.runs, *self.plots, self.step, self.sheet, self.adapter]
 
 
 def add(studio: Studio, blocks: Any, used_by: Sequence[Any] = (), tabs: Any = None) -> None:
@@ -111,7 +117,7 @@ def _add_plots() -> list[Any]:
 
 def _wire_view(view: _View, root: Path, blocks: Any, refresh: Any) -> None:
     """Show the newest run when the page opens, what is chosen when that changes, and other sheets."""
-    shown = [view.runs, *view.plots, view.step, view.sheet, view.adapter]
+    shown = view.parts
 
     @_or_nothing(len(shown))
     def look(chosen: list[str] | None) -> list[Any]:
@@ -125,14 +131,10 @@ def _wire_view(view: _View, root: Path, blocks: Any, refresh: Any) -> None:
     def show_sheet(chosen: list[str] | None, step: int | None) -> Any:
         return _sheet(root, chosen, step)
 
-    @_or_nothing(len(shown))
-    def newest() -> list[Any]:
-        return _shown(root, None)
-
-    blocks.load(newest, None, shown, api_visibility="private", show_progress="hidden")
-    refresh.click(look, view.runs, shown, api_visibility="private", show_progress="hidden")
-    view.runs.input(show, view.runs, shown[1:], api_visibility="private", show_progress="hidden")
-    view.step.input(show_sheet, [view.runs, view.step], view.sheet, api_visibility="private", show_progress="hidden")
+    blocks.load(lambda: look(None), None, shown, **PRIVATE)
+    refresh.click(look, view.runs, shown, **PRIVATE)
+    view.runs.input(show, view.runs, shown[1:], **PRIVATE)
+    view.step.input(show_sheet, [view.runs, view.step], view.sheet, **PRIVATE)
 
 
 def _or_nothing(count: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -198,7 +200,7 @@ def _wire_training(view: _View, root: Path, trainer: Trainer, parts: tuple[Any, 
     """Start and stop the training, and follow it while it runs."""
     start, stop, bar, timer = parts
     controls = [start, stop, bar, timer]
-    shown = [view.runs, *view.plots, view.step, view.sheet, view.adapter]
+    shown = view.parts
 
     def state() -> list[Any]:
         training = trainer.progress()
@@ -235,11 +237,10 @@ def _wire_training(view: _View, root: Path, trainer: Trainer, parts: tuple[Any, 
             updates[0] = gr.skip()  # what is chosen meanwhile stays
         return [*state(), *updates]
 
-    quiet = {"api_visibility": "private", "show_progress": "hidden"}
-    start.click(begin, None, controls, **quiet)
-    stop.click(end, None, controls, **quiet)
-    timer.tick(follow, view.runs, [*controls, *shown], **quiet)
-    blocks.load(state, None, controls, **quiet)
+    start.click(begin, None, controls, **PRIVATE)
+    stop.click(end, None, controls, **PRIVATE)
+    timer.tick(follow, view.runs, [*controls, *shown], **PRIVATE)
+    blocks.load(state, None, controls, **PRIVATE)
 
 
 def _wire_use(view: _View, studio: Studio, use: Any, used_by: Sequence[Any], tabs: Any) -> None:
@@ -256,7 +257,7 @@ def _wire_use(view: _View, studio: Studio, use: Any, used_by: Sequence[Any], tab
         updates[0] = gr.update(choices=labels, value=chosen_label)
         return [gr.update(selected="local_control"), *updates]
 
-    use.click(take, [view.runs, view.adapter], [tabs, *used_by], api_visibility="private", show_progress="hidden")
+    use.click(take, [view.runs, view.adapter], [tabs, *used_by], **PRIVATE)
 
 
 def _bar(training: Progress | None) -> str:

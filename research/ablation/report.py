@@ -182,7 +182,7 @@ def _rows_section(figures: Figures, page: Path) -> list[str]:
         "",
         *table(["seeds", *map(headed, columns)], rows),
         "",
-        "(-k): k pictures of which the figure says nothing, left out of its mean.",
+        "(-k): k images of which the figure says nothing, left out of its mean.",
         "",
         "Distances to scenes of the training part, of whole sets, means over the seeds:",
         "",
@@ -264,4 +264,4 @@ def _images(figures: Figures, results: Path, page: Path) -> list[str]:
     if not paths:
         return []
     link = figure(sheet(paths)[0], page, "pictures", "the first scenes under every row")
-    return ["## Pictures", "", f"Columns: {', '.join(paths)}.", "", link, ""]
+    return ["## Images", "", f"Columns: {', '.join(paths)}.", "", link, ""]

@@ -17,7 +17,7 @@ from localctl.jobs.settings import SampleSettings
 from localctl.metrics.edges import canny
 from localctl.studio.config import StudioConfig
 from localctl.studio.limits import scene as read_scene
-from localctl.studio.local_control_actions import change_count
+from localctl.studio.local_control_actions import FollowHandlers
 from localctl.studio.local_control_form import first_regions, mask_of, read_form, read_order
 from localctl.studio.local_control_job import EXAMPLE, EXAMPLE_NAME, adapter_places, judge, settings_of
 from localctl.studio.local_control_restore import follow_values
@@ -188,4 +188,4 @@ def test_another_size_than_the_photos_comes_back(photo: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("scene", ["text", [1], {"regions": 5}])
 def test_a_canvas_that_no_page_sends_is_one_sentence_when_an_adapter_is_added(scene: Any) -> None:
     nothing_is_loaded: Any = None
-    assert "job-failed" in change_count(nothing_is_loaded, ["scene"], 1)(scene)[-1]
+    assert "job-failed" in FollowHandlers(nothing_is_loaded, ["scene"]).change_count(1)(scene)[-1]

@@ -24,10 +24,10 @@ from localctl.jobs.settings import SampleSettings
 from localctl.studio.addon_restore import _images, addon_values
 from localctl.studio.config import StudioConfig
 from localctl.studio.leaving import bundle_of, settings_of_image
-from localctl.studio.local_control_actions import generate as follow
+from localctl.studio.local_control_actions import FollowHandlers
 from localctl.studio.local_control_form import first_regions
 from localctl.studio.local_control_restore import follow_values
-from localctl.studio.place_actions import generate
+from localctl.studio.place_actions import PlaceHandlers
 from localctl.studio.place_form import read_form, settings_for
 from localctl.studio.place_restore import values_of
 from localctl.studio.studio import Studio
@@ -68,7 +68,7 @@ def generated(studio: Studio, **changes: Any) -> Path:
     """The image that the button Generate shows for these fields."""
     fields = {**ASKED, "lora0_scale": 0.0, **changes}
     request: Any = SimpleNamespace(session_hash="tab")
-    told, gallery = list(generate(studio, list(fields), "images")(request, *fields.values()))[-1]
+    told, gallery = list(PlaceHandlers(studio, list(fields)).generate("images")(request, *fields.values()))[-1]
     assert "1 image in" in str(told), told
     return Path(gallery[0][0])
 
@@ -118,7 +118,7 @@ def followed(studio: Studio, **changes: Any) -> Path | str:
         "scheduler": "auto", "adapter1": "follower", "weight1": 1.0, "start1": 0, "end1": 1, "lora0_scale": 0.0,
     } | changes  # fmt: skip
     request: Any = SimpleNamespace(session_hash="tab")
-    told = str(list(follow(studio, list(fields))(request, *fields.values()))[-1])
+    told = str(list(FollowHandlers(studio, list(fields)).generate(request, *fields.values()))[-1])
     return next(reversed(studio.sessions.of(request).results.values())).path if "1 image in" in told else told
 
 

@@ -21,7 +21,7 @@ from localctl.jobs.embedded import read_embedded
 from localctl.studio.config import StudioConfig
 from localctl.studio.jobs_queue import Stopped
 from localctl.studio.leaving import bundle_of
-from localctl.studio.place_actions import generate, load_colors, predict
+from localctl.studio.place_actions import PlaceHandlers
 from localctl.studio.place_form import read_form, read_sweep, settings_for
 from localctl.studio.place_jobs import Note, Shown, Step, run_job
 from localctl.studio.studio import Studio
@@ -178,7 +178,7 @@ def told(studio: Studio, **changes: Any) -> list[tuple[Any, Any]]:
     """Return what the handler of the button Generate yields for a page with these fields."""
     fields = {**SHORT, "scene": SMALL, **changes}
     request: Any = SimpleNamespace(session_hash="tab")
-    return list(generate(studio, list(fields), "images")(request, *fields.values()))
+    return list(PlaceHandlers(studio, list(fields)).generate("images")(request, *fields.values()))
 
 
 def test_the_button_shows_the_steps_then_the_image_and_says_how_long_it_took(studio: Studio) -> None:
@@ -203,8 +203,8 @@ def test_a_predicted_layout_and_a_colour_map_leave_the_prompt_to_who_types_it(st
     Image.fromarray(np.full((64, 64, 3), (200, 30, 30), np.uint8)).save(file, "png")
     request: Any = SimpleNamespace(session_hash="tab")
     for values in (
-        predict(studio)(request, "a red circle left of a blue star", SCENE, 0),
-        load_colors(studio)(request, file.getvalue(), "a red circle", SCENE),
+        PlaceHandlers(studio).predict(request, "a red circle left of a blue star", SCENE, 0),
+        PlaceHandlers(studio).load_colors(request, file.getvalue(), "a red circle", SCENE),
     ):
         prompt, scene, progress = values
         assert prompt == gr.skip() and scene["regions"] and "job-failed" not in progress
