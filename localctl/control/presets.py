@@ -69,6 +69,8 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
                 "mask_resize": "area",
             },
             "guidance": {"sites": ("mid/4", "up/2"), "threshold": 0.02, "start": 0.2, "end": 0.7},
+            # The published first fifth of the steps is noise here, too.
+            "forward": {"strength": 1.0, "end": 1.0},
             # Its text encoder was trained on the names of the scenes' objects, not on "a photo of".
             "spacetime": {"weight": 1.0, "hide_phrases": True, "end": 0.7, "template": "{}"},
             "spacetime_optimized": {
@@ -97,6 +99,7 @@ SAMPLING: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
         "micro": {
             "bias": {"scheduler": "ddpm", "guidance_scale": 4.0},
             "dense": {"scheduler": "ddpm", "guidance_scale": 4.0},
+            "forward": {"scheduler": "ddpm", "guidance_scale": 4.0},
             "spacetime": {"scheduler": "ddpm", "guidance_scale": 4.0},
             "spacetime_optimized": {"guidance_scale": 4.0},  # found with DDIM
             "bias+guidance": {"scheduler": "ddpm", "guidance_scale": 4.0},

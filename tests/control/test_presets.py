@@ -36,10 +36,16 @@ def test_a_class_for_a_base() -> None:
     assert localctl.NegativePrompts.for_base("micro", end=0.5) == localctl.NegativePrompts(end=0.5)
 
 
+def test_they_act_where_the_embedded_base_settles_a_layout() -> None:
+    for name in CONTROLS:
+        assert localctl.controls(name, base="micro")[0].end >= 0.7, "the first third of its steps is noise"
+
+
 def test_how_to_sample_with_them() -> None:
     own = localctl.Sampling(scheduler="ddpm", guidance_scale=4.0)
-    assert localctl.sampling_of("guidance+bias", base="micro") == localctl.sampling_of(["bias", "dense"]) == own
-    for names, base in (("none", "micro"), ("guidance", "micro"), ("bias+forward", "micro"), ("bias", "sd15")):
+    for names in ("guidance+bias", "bias+dense", ["bias", "forward"]):
+        assert localctl.sampling_of(names, base="micro") == own
+    for names, base in (("none", "micro"), ("guidance", "micro"), ("guidance+forward", "micro"), ("bias", "sd15")):
         assert localctl.sampling_of(names, base) == localctl.Sampling()
     assert localctl.sampling_of("spacetime_optimized") == localctl.Sampling(guidance_scale=4.0)
 
