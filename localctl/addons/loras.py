@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from localctl.messages import is_out_of_memory
 KIND = "LoRA"
 _NAME = re.compile(r"[\w-]+")  # PEFT allows no dots
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+_OF_UNETS = ("down_blocks", "up_blocks", "mid_block", "input_blocks", "output_blocks", "middle_block")
 _DOWN = ("lora_A", "lora_down", "lora.down", "lora_linear_layer.down")
 
 Use = Callable[[Mapping[str, float]], None]
@@ -41,7 +43,36 @@ class SavedLora:
         return f"{self.name}={self.weights.path}"
 
     def check(self, shape: BaseShape) -> None:
-        """Raise a ValueError if it was made for a base of another kind: another width of text, or SDXL."""
+        """Raise a ValueError if it was made for a base of another kind: by its layers, its width of text, or SDXL."""
+        of_unet = any(part in name for name in self.weights.shapes for part in _OF_UNETS)
+        of_transformer = not of_unet and any(name.startswith("transformer.") for name in self.weights.shapes)
+        if of_unet if shape.denoiser == "transformer" else of_transformer:
+            kind = "U-Net" if of_unet else "transformer"
+            raise ValueError(
+                f"The LoRA {self.weights.name} is for a base with a {kind}, which this one does not have; choose one "
+                "that was made for this kind of base."
+            )
+        if shape.denoiser == "transformer":
+            self._check_layers(shape.build("transformer"))
+        else:
+            self._check_text(shape)
+
+    def _check_layers(self, transformer: nn.Module) -> None:
+        """Raise a ValueError for a layer that the transformer does not have, or that has other inputs there."""
+        layers = dict(transformer.named_modules())
+        for name, shape in self.weights.shapes.items():
+            if not (name.startswith("transformer.") and name.endswith(".lora_A.weight")):
+                continue  # of another format, whose layers are known when it is read
+            layer = name.removeprefix("transformer.").removesuffix(".lora_A.weight")
+            width = getattr(layers.get(layer), "in_features", None)
+            if width != shape[-1]:
+                has = f"takes {width}" if width else "does not have"
+                raise ValueError(
+                    f"The LoRA {self.weights.name} changes {layer} for {shape[-1]} channels, which this base {has}; "
+                    "choose one that was made for this kind of base."
+                )
+
+    def _check_text(self, shape: BaseShape) -> None:
         wide = self.weights.shape_of("attn2", "to_k", "down") or self.weights.shape_of("attn2", "to_k", "lora_A")
         own = shape.parts["unet"].get("cross_attention_dim")
         if wide is not None and wide[-1] != own:
@@ -128,7 +159,7 @@ def parse_use(text: str, known: Mapping[str, float]) -> dict[str, float]:
 
 @contextmanager
 def with_loras(pipe: Any, loras: Sequence[SavedLora | str | Path]) -> Iterator[Use]:
-    """Put LoRAs on the U-Net and the text encoders of ``pipe`` for a while.
+    """Put LoRAs on the denoiser and the text encoders of ``pipe`` for a while.
 
     Yields:
         A function that sets which of them act: it takes the scale of each by name. Before its first call, and with no
@@ -139,7 +170,7 @@ def with_loras(pipe: Any, loras: Sequence[SavedLora | str | Path]) -> Iterator[U
     """
     found = [lora if isinstance(lora, SavedLora) else find_lora(lora) for lora in loras]
     check_names(found)
-    parts = [part for name in ("unet", *_TEXT_ENCODERS) if (part := getattr(pipe, name, None)) is not None]
+    parts = [part for name in (_denoiser(pipe), *_TEXT_ENCODERS) if (part := getattr(pipe, name, None)) is not None]
     if found and any(hasattr(part, "peft_config") for part in parts):
         raise ValueError("The pipeline has LoRAs already; call pipe.unload_lora_weights() first.")
     try:
@@ -151,6 +182,10 @@ def with_loras(pipe: Any, loras: Sequence[SavedLora | str | Path]) -> Iterator[U
     finally:
         for part in parts if found else ():
             _unload(part)
+
+
+def _denoiser(pipe: Any) -> str:
+    return "transformer" if getattr(pipe, "unet", None) is None else "unet"
 
 
 def _switch(parts: Sequence[nn.Module], names: Sequence[str]) -> Use:
@@ -201,13 +236,15 @@ def _read(pipe: Any, lora: SavedLora) -> dict[str, dict[str, list[Tensor]]]:
     ValueError for other weights, or layers that the base does not have.
     """
     # All formats become that of diffusers.
-    state, alphas, metadata = pipe.lora_state_dict(
-        str(lora.weights.path), unet_config=pipe.unet.config, use_safetensors=True, return_lora_metadata=True
+    of_unet = {"unet_config": pipe.unet.config} if _denoiser(pipe) == "unet" else {}
+    of_flux = {"return_alphas": True} if "return_alphas" in signature(pipe.lora_state_dict).parameters else {}
+    state, *alphas, metadata = pipe.lora_state_dict(
+        str(lora.weights.path), use_safetensors=True, return_lora_metadata=True, **of_unet, **of_flux
     )
 
     factors: dict[str, dict[str, list[Tensor]]] = {}
     weights = _by_layer(pipe, state)
-    scales = {(part, layer): value for (part, layer, _), value in _by_layer(pipe, alphas or {}).items()}
+    scales = {(part, layer): value for (part, layer, _), value in _by_layer(pipe, *alphas).items()}
     for part, layer, rest in weights:
         if rest not in ("A.weight", "B.weight") or (part, layer, "A.weight") not in weights:
             raise ValueError(f"unknown weight {layer}.lora_{rest}")
@@ -221,7 +258,7 @@ def _read(pipe: Any, lora: SavedLora) -> dict[str, dict[str, list[Tensor]]]:
     return factors
 
 
-def _by_layer(pipe: Any, found: Mapping[str, Any]) -> dict[tuple[str, str, str], Any]:
+def _by_layer(pipe: Any, found: Mapping[str, Any] | None = None) -> dict[tuple[str, str, str], Any]:
     """Return the entries of a file by part of the pipeline, layer, and what follows it: ``A.weight``."""
     from diffusers.utils.state_dict_utils import (
         StateDictType,
@@ -230,15 +267,15 @@ def _by_layer(pipe: Any, found: Mapping[str, Any]) -> dict[tuple[str, str, str],
     )
 
     entries = {}
-    for name, value in found.items():
-        part = next((one for one in _TEXT_ENCODERS if name.startswith(f"{one}.")), "unet")
+    for name, value in (found or {}).items():
+        part = next((one for one in _TEXT_ENCODERS if name.startswith(f"{one}.")), _denoiser(pipe))
         inside = {name.removeprefix(f"{part}."): value}
-        if part == "unet":
+        if part not in _TEXT_ENCODERS:
             inside = convert_unet_state_dict_to_peft(inside)
         else:
             inside = convert_state_dict_to_peft(inside, StateDictType.DIFFUSERS_OLD)
         layer, _, rest = next(iter(inside)).removesuffix(".alpha").partition(".lora_")
-        if part != "unet" and not hasattr(getattr(pipe, part), "text_model"):
+        if part in _TEXT_ENCODERS and not hasattr(getattr(pipe, part), "text_model"):
             layer = layer.removeprefix("text_model.")  # newer releases of transformers have no such part
         entries[part, layer, rest] = value
     return entries

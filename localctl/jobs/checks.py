@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import diffusers
 
@@ -23,7 +24,6 @@ from localctl.schedulers import check_seedable
 _ADDONS = {
     "controlnet": "ControlNets act",
     "ip_adapter": "IP-Adapters act in regions",
-    "lora": "LoRAs are loaded",
     "textual_inversion": "learned words are loaded",
 }
 
@@ -47,12 +47,13 @@ def check_abilities(
         raise ValueError(f"--vae replaces an AutoencoderKL, and the base has an {own}; leave it out.")
 
 
-def check_addons_act(base: Abilities, options: object) -> None:
+def check_addons_act(base: Abilities, options: Any) -> None:
     """Raise a ValueError for addons, by the names of their settings, that do not act on a base."""
     for addon, what in _ADDONS.items():
         if getattr(options, addon) and not base.is_unet:
-            way_out = "load it in Python, by pipe.load_lora_weights" if addon == "lora" else "leave it out"
-            raise ValueError(f"--{addon}: {what} {ONLY_UNETS}, not on a {base.family.name}; {way_out}.")
+            raise ValueError(f"--{addon}: {what} {ONLY_UNETS}, not on a {base.family.name}; leave it out.")
+    if options.lora and not hasattr(getattr(diffusers, base.pipeline), "lora_state_dict"):
+        raise ValueError(f"--lora: diffusers loads no LoRAs on a {base.pipeline}; leave it out.")
 
 
 def _check_controls(

@@ -21,9 +21,9 @@ def lora_state(pipe: Any, seed: int, *parts: str, size: float = 1.0) -> dict[str
     generator, state = torch.Generator().manual_seed(seed), {}
     for part in parts or ("unet",):
         for name, module in getattr(pipe, part).named_modules():
-            if name.endswith(_UNET if part == "unet" else _TEXT):
+            if name.endswith(_TEXT if part.startswith("text") else _UNET):
                 # Published files have this prefix, whatever newer releases of transformers call the part.
-                inside = "text_model." if part != "unet" and not name.startswith("text_model.") else ""
+                inside = "text_model." if part.startswith("text") and not name.startswith("text_model.") else ""
                 stem = f"{part}.{inside}{name}.lora_"
                 state[f"{stem}A.weight"] = torch.randn(2, module.in_features, generator=generator) * size
                 state[f"{stem}B.weight"] = torch.randn(module.out_features, 2, generator=generator)

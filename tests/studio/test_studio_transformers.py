@@ -153,10 +153,8 @@ def test_addons_that_do_not_act_are_refused_before_the_server_starts(family_fold
     StudioConfig(base=str(family_folders("sd3")), max_sequence_length=512).check_places()
     with pytest.raises(ValueError, match="--max_sequence_length is 513, but a StableDiffusion3Pipeline reads at most"):
         StudioConfig(base=str(family_folders("sd3")), max_sequence_length=513).check_places()
-    config = StudioConfig(base=str(family_folders("sd3")), lora=["style.safetensors"])
-    with pytest.raises(
-        ValueError, match="--lora: LoRAs are loaded on Stable Diffusion 1.x, 2.x and XL only, not on a SD3"
-    ):
+    config = StudioConfig(base=str(family_folders("pixart")), lora=["style.safetensors"])
+    with pytest.raises(ValueError, match="--lora: diffusers loads no LoRAs on a PixArtSigmaPipeline; leave it out"):
         config.check_places()
 
 
