@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from localctl.cli.arguments import VERSION
-from localctl.cli.program import CONSOLE, one_sentence
+from localctl.cli.program import CONSOLE, SCRIPTS, one_sentence
 from localctl.messages import nearest
 
 # Command -> the module of its main(argv, program), and its purpose.
@@ -25,15 +25,7 @@ COMMANDS = {
 }
 # In a checkout: scripts that are the same as a command, and programs that are not installed.
 PROGRAMS = {
-    "The commands as scripts": {
-        "python train_adapter.py": "localctl train",
-        "python sample.py": "localctl sample",
-        "python app.py": "localctl studio",
-        "python evaluate_fid.py": "localctl evaluate fid",
-        "python evaluate_quantitative_metrics.py": "localctl evaluate metrics",
-        "python -m localctl.data": "localctl check-data",
-        "python -m localctl.layout_predictor": "localctl predict-layout",
-    },
+    "The commands as scripts": SCRIPTS,
     "Data": {
         "python data/make_dataset.py": "make a dataset from a folder of photos",
         "python data/download_images.py": "download a list of photos into a folder",

@@ -8,10 +8,10 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from localctl.sizes import shown
 
@@ -74,13 +74,20 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write ``content`` atomically. A link at ``path`` is replaced, never followed.
+    """Write ``content`` atomically, see :func:`writing`."""
+    with writing(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """Context with a new file that becomes ``path`` at its end. A link at ``path`` is replaced, never followed.
 
     OSError naming the file when the disk is full or the folder is not writable; an old file then stays unchanged."""
     temporary = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}")
     try:
         with temporary.open("xb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -127,7 +127,7 @@ def sources(provenance: Mapping[str, Any], results: Path, page: Path, more: str 
     lines = [
         "## Where it comes from",
         "",
-        *f"`{place}/*.json`: every picture's figures, settings, seeds, weights, versions.{more}".splitlines(),
+        *f"`{place}/*.json`: every image's figures, settings, seeds, weights, versions.{more}".splitlines(),
     ]
     for name, features in provenance.get("distances", {}).items():
         sha, n_real, n_fake = features["weights_sha256"][:12], features["n_real"], features["n_fake"]

@@ -29,7 +29,7 @@ from localctl.bridges.parts import (
     text_of,
     worded,
 )
-from localctl.bridges.webui import format_infotext, parse_infotext, plain, size_parameter
+from localctl.bridges.webui import decimal, format_infotext, parse_infotext, plain, size_parameter
 from localctl.images import png_bytes
 from localctl.layout import Layout, Region
 from localctl.layout_checks import Box
@@ -266,14 +266,10 @@ def _fills(spans: Sequence[tuple[float, float]]) -> bool:
 def _ratios(rows: Sequence[Sequence[Box]], turned: bool) -> str:
     """Return the ratios of rows of columns: of each row its height, and the widths in it. A single row is not named."""
     if len(rows) == 1:
-        return ",".join(_number(box[2] - box[0]) for box in rows[0])
+        return ",".join(decimal(box[2] - box[0]) for box in rows[0])
     groups = [[row[0][3] - row[0][1], *(box[2] - box[0] for box in row)] for row in rows]
-    ratios = ";".join(",".join(map(_number, group)) for group in groups)
+    ratios = ";".join(",".join(map(decimal, group)) for group in groups)
     return _flipped(ratios) if turned else ratios
-
-
-def _number(value: float) -> str:
-    return f"{value:.6f}".rstrip("0").rstrip(".")
 
 
 def _turn(box: Box) -> Box:

@@ -78,13 +78,13 @@ def write_couple(layout: Layout, name: str) -> Exported:
     for region in worded(layout):
         for x0, y0, x1, y1 in boxes_of(region):
             prompts.append(text_of(region))
-            positions.append(f"{_plain(y0)}-{_plain(y1)}:{_plain(x0)}-{_plain(x1)}")
+            positions.append(f"{decimal(y0)}-{decimal(y1)}:{decimal(x0)}-{decimal(x1)}")
             weights.append(_REGION_WEIGHT * region.strength)
     end = max(region.end for region in layout.regions)
     values = {
         "divisions": ",".join(["1:1"] * len(positions)),
         "positions": ",".join(positions),
-        "weights": ",".join(map(_plain, weights)),
+        "weights": ",".join(map(decimal, weights)),
         "end at step": str(max(1, round(_STEPS * end))),
     }
     couple = " ".join(f"{key}={value}" for key, value in values.items())
@@ -172,7 +172,7 @@ def _float(text: str) -> float:
         raise ValueError(f"{shown(text)} of Latent Couple is not a number; correct it.") from None
 
 
-def _plain(value: float) -> str:
+def decimal(value: float) -> str:
     """Return a number without an exponent, whose minus sign would be read as a range."""
     return f"{value:.6f}".rstrip("0").rstrip(".")
 

@@ -7,7 +7,6 @@ neither on its company nor on the number of workers.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from localctl.encodings.codec import pack, pack_text
 from localctl.encodings.recipes import CONDITIONS, ENCODERS, TEXTS
 from localctl.encodings.source import content_of, files_of, visited
 from localctl.encodings.store import EncodedRow, as_batch
-from localctl.files import first_line, remove, write_json
+from localctl.files import write_json, writing
 from localctl.training.data import make_source
 from localctl.training.frozen import WEIGHTS, dtype_of, load_frozen
 from localctl.training.resume import fingerprints
@@ -104,13 +103,8 @@ class Writer:
     def _write(self, rows: Sequence[EncodedRow]) -> Table:
         if rows:
             path = self.work.parts / f"{rows[0].id.hex()}.parquet"  # the same again if Ray repeats a task
-            temporary = path.with_suffix(f".{os.getpid()}.tmp")
-            try:
-                pq.write_table(pa.Table.from_batches([as_batch(rows)]), temporary, compression="none")
-                os.replace(temporary, path)
-            except OSError as error:
-                remove(temporary)
-                raise OSError(f"{path} could not be written: {error.strerror or first_line(error)}") from error
+            with writing(path) as file:
+                pq.write_table(_as_table(rows), file, compression="none")
         bad = sum(PROBLEM in row.about for row in rows)
         return pa.table({"rows": [len(rows)], "bad": [bad]})
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +79,20 @@ class BlockResiduals:
 
     down: list[Tensor]
     middle: Tensor
+
+
+class Changes(TypedDict, total=False):
+    """Changes of the arguments of a call; None: none.
+
+    latents: (R, c, h, w), text: (R, K, C), images: (R, n, ...) of each IP-Adapter, in place of its own. residuals,
+    skips: added to its own.
+    """
+
+    latents: Tensor | None
+    text: Tensor | None
+    residuals: Sequence[Tensor | None] | None
+    skips: BlockResiduals | None
+    images: list[Tensor] | None
 
 
 class Denoiser(Configured, Trained):
@@ -170,18 +184,8 @@ class Denoiser(Configured, Trained):
         """Return the inputs among the arguments of a call."""
 
     @abstractmethod
-    def write(
-        self,
-        arguments: Arguments,
-        *,
-        latents: Tensor | None = None,
-        text: Tensor | None = None,
-        residuals: Sequence[Tensor | None] | None = None,
-        skips: BlockResiduals | None = None,
-        images: list[Tensor] | None = None,
-    ) -> Arguments:
-        """Return the arguments with these latents (R, c, h, w), text (R, K, C) and image embeddings (R, n, ...) of
-        each IP-Adapter in place of their own, and with the residuals added to their own."""
+    def write(self, arguments: Arguments, **changes: Unpack[Changes]) -> Arguments:
+        """Return the arguments of a call with these changes."""
 
     def copied(self, layouts: tuple[int, ...]) -> tuple[int, ...]:
         """Return the layout of each image, for those that the arguments of ``encode_prompt`` tell of."""

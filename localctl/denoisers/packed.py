@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from localctl.denoisers.base import (
     Arguments,
     AttentionLayer,
-    BlockResiduals,
+    Changes,
     Conditioning,
     DenoiserInputs,
     argument,
@@ -66,23 +66,15 @@ class Packed(TwoCalls):
         own = sample[..., : self.channels * self.patch**2]  # with inpainting, further channels follow
         return DenoiserInputs(sample, self._unpacked(own, self.grid_of(arguments)), timestep * _SCALE, text, {})
 
-    def write(
-        self,
-        arguments: Arguments,
-        *,
-        latents: Tensor | None = None,
-        text: Tensor | None = None,
-        residuals: Sequence[Tensor | None] | None = None,
-        skips: BlockResiduals | None = None,
-        images: list[Tensor] | None = None,
-    ) -> Arguments:
+    def write(self, arguments: Arguments, **changes: Unpack[Changes]) -> Arguments:
         """Return the changed arguments, with latents packed."""
-        if latents is not None:
+        if (latents := changes.get("latents")) is not None:
             own = argument(arguments, self.order, "hidden_states")
             tokens = self.packed(latents).to(own.dtype)
             tokens = torch.cat([tokens, own[..., tokens.shape[-1] :]], dim=-1)
             arguments = with_arguments(arguments, self.order, {"hidden_states": tokens})
-        return super().write(arguments, text=text, residuals=residuals, skips=skips, images=images)
+        changes["latents"] = None
+        return super().write(arguments, **changes)
 
     def output(
         self,

@@ -6,7 +6,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from localctl.denoisers.base import (
     RESIDUALS,
     Arguments,
-    BlockResiduals,
+    Changes,
     Conditioning,
     Denoiser,
     DenoiserInputs,
@@ -188,25 +188,16 @@ class Transformer(Denoiser):
         latents = sample[:, : latent_channels(self.pipe.vae)]  # with inpainting, further channels may follow
         return DenoiserInputs(sample, latents, timestep, text, {})
 
-    def write(
-        self,
-        arguments: Arguments,
-        *,
-        latents: Tensor | None = None,
-        text: Tensor | None = None,
-        residuals: Sequence[Tensor | None] | None = None,
-        skips: BlockResiduals | None = None,
-        images: list[Tensor] | None = None,
-    ) -> Arguments:
+    def write(self, arguments: Arguments, **changes: Unpack[Changes]) -> Arguments:
         """Return the changed arguments; ``residuals`` are for :meth:`running`. A transformer has no ``skips``."""
-        assert skips is None and images is None, "refused when controls are bound"
+        assert changes.get("skips") is None and changes.get("images") is None, "refused when controls are bound"
         changed: dict[str, Any] = {}
-        if latents is not None:
+        if (latents := changes.get("latents")) is not None:
             own = argument(arguments, self.order, "hidden_states")
             changed["hidden_states"] = torch.cat([latents.to(own.dtype), own[:, latents.shape[1] :]], dim=1)
-        if text is not None:
+        if (text := changes.get("text")) is not None:
             changed["encoder_hidden_states"] = text
-        if residuals is not None:
+        if (residuals := changes.get("residuals")) is not None:
             changed[RESIDUALS] = add_residuals(arguments[1].get(RESIDUALS), residuals)
         return with_arguments(arguments, self.order, changed)
 

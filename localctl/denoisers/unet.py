@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from localctl.denoisers.base import (
     Arguments,
     AttentionLayer,
-    BlockResiduals,
+    Changes,
     Conditioning,
     Denoiser,
     DenoiserInputs,
@@ -129,31 +129,24 @@ class UNet(Denoiser):
         latents = sample[:, : self.pipe.vae.config.latent_channels]  # with inpainting, mask and image channels follow
         return DenoiserInputs(sample, latents, timestep, text, kwargs.get("added_cond_kwargs") or {})
 
-    def write(
-        self,
-        arguments: Arguments,
-        *,
-        latents: Tensor | None = None,
-        text: Tensor | None = None,
-        residuals: Sequence[Tensor | None] | None = None,
-        skips: BlockResiduals | None = None,
-        images: list[Tensor] | None = None,
-    ) -> Arguments:
+    def write(self, arguments: Arguments, **changes: Unpack[Changes]) -> Arguments:
         """Return the changed arguments; ``residuals`` go into the down blocks, ``skips`` to the skip connections and
         the middle block, ``images`` beside SDXL's further inputs."""
-        changed: dict[str, Any] = {} if text is None else {"encoder_hidden_states": text}
-        if latents is not None:
+        changed: dict[str, Any] = {}
+        if (text := changes.get("text")) is not None:
+            changed["encoder_hidden_states"] = text
+        if (latents := changes.get("latents")) is not None:
             own = self.read(*arguments).sample
             changed["sample"] = torch.cat([latents.to(own.dtype), own[:, latents.shape[1] :]], dim=1)
         args, kwargs = with_arguments(arguments, _NAMES, changed)
         kwargs = dict(kwargs)
-        if residuals is not None:
+        if (residuals := changes.get("residuals")) is not None:
             kwargs[_WITHIN] = add_residuals(kwargs.get(_WITHIN), residuals)
-        if skips is not None:
+        if (skips := changes.get("skips")) is not None:
             middle = kwargs.get(_MIDDLE)
             kwargs[_SKIPS] = add_residuals(kwargs.get(_SKIPS), skips.down)
             kwargs[_MIDDLE] = skips.middle if middle is None else middle + skips.middle
-        if images is not None:
+        if (images := changes.get("images")) is not None:
             kwargs["added_cond_kwargs"] = {**(kwargs.get("added_cond_kwargs") or {}), _IMAGES: images}
         return args, kwargs
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from localctl.denoisers.base import (
     RESIDUALS,
     Arguments,
     AttentionLayer,
-    BlockResiduals,
+    Changes,
     Conditioning,
     DenoiserInputs,
     add_residuals,
@@ -153,24 +153,15 @@ class ZImage(Transformer):
         named = self._opened((args, dict(kwargs)))
         return DenoiserInputs(named["x"], named["x"], _SCALE - _SCALE * named["t"], named["cap_feats"], {})
 
-    def write(
-        self,
-        arguments: Arguments,
-        *,
-        latents: Tensor | None = None,
-        text: Tensor | None = None,
-        residuals: Sequence[Tensor | None] | None = None,
-        skips: BlockResiduals | None = None,
-        images: list[Tensor] | None = None,
-    ) -> Arguments:
+    def write(self, arguments: Arguments, **changes: Unpack[Changes]) -> Arguments:
         """Return the changed arguments, by name and as tensors of all rows."""
-        assert skips is None and images is None, "refused when controls are bound"
+        assert changes.get("skips") is None and changes.get("images") is None, "refused when controls are bound"
         named = dict(self._opened(arguments))
-        if latents is not None:
+        if (latents := changes.get("latents")) is not None:
             named["x"] = latents.to(named["x"].dtype)
-        if text is not None:
+        if (text := changes.get("text")) is not None:
             named["cap_feats"] = text
-        if residuals is not None:
+        if (residuals := changes.get("residuals")) is not None:
             named[RESIDUALS] = add_residuals(named.get(RESIDUALS), residuals)
         return (), named
 

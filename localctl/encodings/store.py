@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from localctl.files import first_line, read_object, remove, sha256, sha256_of_json, write_json
+from localctl.files import first_line, read_object, remove, sha256, sha256_of_json, write_json, writing
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -234,6 +234,8 @@ def _check_size(folder: Path, shard: Mapping[str, Any]) -> None:
 def write_shards(folder: Path, rows: Iterable[EncodedRow], taken: Iterable[str] = ()) -> list[dict[str, Any]]:
     """Write ``rows`` to new files in ``folder``, and return their entries for the manifest. They depend on the rows and
     their order alone. taken: names of files that stay."""
+    for left in folder.glob(".*.arrow.*"):  # of a killed run
+        remove(left)
     kept, number, entries = set(taken), 0, []
     for part in _parts(rows):
         while (name := f"{number:05d}.arrow") in kept:
@@ -269,16 +271,6 @@ def as_batch(rows: Sequence[EncodedRow]) -> pa.RecordBatch:
 
 
 def _write_shard(path: Path, rows: Sequence[EncodedRow]) -> dict[str, Any]:
-    temporary = path.with_name(f".{path.name}.part")
-    batch = as_batch(rows)
-    try:
-        with temporary.open("wb") as file:
-            with pa.ipc.new_file(file, SCHEMA) as writer:
-                writer.write_batch(batch)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        remove(temporary)
-        raise OSError(f"{path} could not be written: {error.strerror or first_line(error)}") from error
+    with writing(path) as file, pa.ipc.new_file(file, SCHEMA) as writer:
+        writer.write_batch(as_batch(rows))
     return {"name": path.name, "rows": len(rows), "bytes": path.stat().st_size, "sha256": sha256(path)}

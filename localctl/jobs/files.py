@@ -65,7 +65,7 @@ def save_images(
     names the file."""
     ending = f"_{file_endings(variants)[index]}" if len(variants) > 1 else ""
     paths = []
-    for name, image in zip(file_names(output), output.images, strict=True):
+    for name, image in zip(names_of(output.seeds), output.images, strict=True):
         paths.append(folder / f"{name}{ending}.png")
         save(image, paths[-1], record and {**record, "image": paths[-1].name})
     return paths
@@ -79,11 +79,6 @@ def file_endings(variants: Sequence[Variant]) -> list[str]:
         name if len(name) <= _LONGEST_ENDING and names.count(name) == 1 else f"{name[:_LONGEST_ENDING]}_{index}"
         for index, name in enumerate(names)
     ]
-
-
-def file_names(output: GenerateOutput) -> list[str]:
-    """Return the beginning of each image's file name."""
-    return names_of(output.seeds)
 
 
 def names_of(seeds: Sequence[int]) -> list[str]:

@@ -14,14 +14,13 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from localctl.adapter import LocalAdapter
-from localctl.adapter_files import SavedAdapter
 from localctl.control.base import Control
 from localctl.control.image_controls import LocalAdapterControl
 from localctl.denoisers import denoiser_of
 from localctl.image_to_image import InitImage
 from localctl.jobs.addons import Addons
 from localctl.jobs.inputs import AdapterJob, value_for
-from localctl.jobs.placing import PlacedAddons
+from localctl.jobs.placing import PlacedAddons, file_state
 from localctl.jobs.prepare import Job
 from localctl.jobs.settings import SampleSettings
 from localctl.jobs.starts import SecondPass
@@ -91,7 +90,7 @@ def load_models(job: Job, before: JobModels | None = None) -> JobModels:
     missing or damaged.
     """
     wanted = {item.saved.place: item.saved for item in job.adapters}
-    states = {place: _state(saved) for place, saved in wanted.items()}
+    states = {place: (saved, file_state(Path(place))) for place, saved in wanted.items()}
     names = {control.clip for variant in job.variants for control in optimized_controls(variant)}
     models = before or JobModels(job.base, job.device, None)
     same = (models.base, models.device) == (job.base, job.device)
@@ -114,13 +113,6 @@ def load_models(job: Job, before: JobModels | None = None) -> JobModels:
         models.pipe = load_pipeline(job.base, device=job.device)
     models.placed.place(job.addons, models.pipe, job.device)
     return models
-
-
-def _state(saved: SavedAdapter) -> object:
-    """Return what changes when the adapter is trained or saved anew."""
-    place = Path(saved.place)
-    files = [place] if place.is_file() else sorted(place.rglob("*.safetensors")) if place.is_dir() else []
-    return saved, [(file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files]
 
 
 def generate_job(
@@ -194,13 +186,17 @@ def generate_variant(job: Job, variant: Variant, models: JobModels, on_step: OnS
     shared: Mapping[str, Any] = {
         "sampling": sampling, "negative_prompt": options.negative_prompt, "on_step": on_step
     }  # fmt: skip
-    outputs: dict[int, GenerateOutput] = {}
-    for scales, indices in job.addons.groups(len(job.layouts)):
+    groups = job.addons.groups(len(job.layouts))
+    found: dict[int, list[Any]] = {}
+    for scales, indices in groups:
         models.placed.use(scales)
-        outputs |= dict.fromkeys(indices, _generate(job, models, variant, indices, shared))
-    if len(set(map(id, outputs.values()))) == 1:
-        return outputs[0]
-    return _in_order(outputs, len(options.seeds))
+        output = _generate(job, models, variant, indices, shared)
+        rows = zip(output.images, output.seeds, output.layouts, strict=True)
+        found |= {index: [next(rows) for _ in options.seeds] for index in indices}
+    if len(groups) == 1:
+        return output
+    images, seeds, layouts = zip(*(row for index in sorted(found) for row in found[index]), strict=True)
+    return GenerateOutput(list(images), seeds, layouts)
 
 
 def _generate(
@@ -232,19 +228,3 @@ def _enlarged(latents: Tensor, size: tuple[int, int], factor: int) -> list[Tenso
     """Return latents (n, c, h, w) interpolated for images of ``size``, each; ``factor``: pixels per latent."""
     grid = size[0] // factor, size[1] // factor
     return [torch.nn.functional.interpolate(item[None], size=grid, mode="bicubic")[0] for item in latents]
-
-
-def _in_order(outputs: Mapping[int, GenerateOutput], seeds: int) -> GenerateOutput:
-    """Return the images layout by layout. ``outputs``: for each layout the output with its group's images."""
-    images: list[Any] = []
-    all_seeds: list[int] = []
-    layouts: list[Layout] = []
-    places = dict.fromkeys(map(id, outputs.values()), 0)
-    for index in sorted(outputs):
-        output = outputs[index]
-        first = places[id(output)]
-        places[id(output)] = last = first + seeds
-        images += output.images[first:last]
-        all_seeds += output.seeds[first:last]
-        layouts += output.layouts[first:last]
-    return GenerateOutput(images, tuple(all_seeds), tuple(layouts))

@@ -33,7 +33,7 @@ class PlacedAddons:
         if self._key != _key(addons):
             self._key, self._use = (), None
             self._stack.close()
-        states = {net.place: _state(Path(net.place)) for net in addons.nets}
+        states = {net.place: file_state(Path(net.place)) for net in addons.nets}
         self._nets = {place: kept for place, kept in self._nets.items() if states.get(place) == kept[0]}
 
     def place(self, addons: Addons, pipe: Any, device: torch.device) -> None:
@@ -41,7 +41,7 @@ class PlacedAddons:
         stays on the base then."""
         for net in addons.nets:
             if net.place not in self._nets:
-                self._nets[net.place] = _state(Path(net.place)), net.load().to(device, pipe.dtype)
+                self._nets[net.place] = file_state(Path(net.place)), net.load().to(device, pipe.dtype)
         if self._key == _key(addons):
             return
         with ExitStack() as stack:
@@ -89,10 +89,10 @@ def _rows(mask: Tensor | None, layouts: Sequence[int]) -> Any:
 def _key(addons: Addons) -> object:
     """Return what is on the base, () for nothing, with the state of its files."""
     items: list[Any] = [*addons.embeddings, *addons.loras, *addons.ip_adapters]
-    return tuple((item.place, getattr(item, "encoder", None), _state(item.weights.path)) for item in items)
+    return tuple((item.place, getattr(item, "encoder", None), file_state(item.weights.path)) for item in items)
 
 
-def _state(path: Path) -> object:
+def file_state(path: Path) -> object:
     """Return what changes when files are written anew."""
     files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
     return [(file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files]

@@ -13,7 +13,7 @@ from localctl.boxes import Found, box_around
 from localctl.drawing import grid, outline, region_sheet
 from localctl.images import condition_to_pil
 from localctl.jobs.embedded import Record
-from localctl.jobs.files import file_names, save
+from localctl.jobs.files import names_of, save
 from localctl.jobs.prepare import Job
 from localctl.jobs.variants import Variant
 from localctl.layout import Layout, Region
@@ -37,7 +37,7 @@ def save_sheets(
         captions = [layout.prompt for layout in layouts]
         save(region_sheet(rows, layouts, labels, captions, read), folder / "sheet.png", record)
     elif job.options.sweep:
-        for index, name in enumerate(file_names(first)):
+        for index, name in enumerate(names_of(first.seeds)):
             columns, captions, rows = _sweep_grid(outputs, index)
             layouts = [first.layouts[index]] * len(rows)
             captions = captions or [_captions(first)[index]]

@@ -115,10 +115,7 @@ def _with_images(
         if image is None:
             continue
         condition = values.get(f"{name}_condition", READY)
-        start = limits.number(f"The start of {title}", values.get(f"{name}_start", 0), 0, 1)
-        end = limits.number(f"The end of {title}", values.get(f"{name}_end", 1), 0, 1)
-        if start >= end:
-            raise ValueError(f"{title} needs a start before its end, not {start:g} and {end:g}.")
+        start, end = limits.window(title, title, values.get(f"{name}_start", 0), values.get(f"{name}_end", 1))
         where = places.index(limits.choice(f"The place of {title}", values.get(f"{name}_where", EVERYWHERE), places))
         condition = limits.choice(f"The condition of {title}", condition, conditions_of(config))
         scale = limits.number(f"The strength of {title}", values.get(f"{name}_scale", 1), 0, 2)

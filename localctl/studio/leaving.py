@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from localctl.files import writing
 from localctl.jobs.embedded import Record, read_embedded, settings_in, unpack
 from localctl.jobs.settings import INPUTS, PLACES, SampleSettings, command_line, earlier_regions, names_file
 
@@ -36,14 +37,12 @@ def bundle_of(image: Path, folder: Path) -> Bundle:
     bundle = folder / f"{image.stem}.zip"
     if bundle.exists():
         return Bundle(image, Path(layouts[0]) if layouts else None, bundle, command)
-    written = bundle.with_suffix(".part")
-    with zipfile.ZipFile(written, "w", zipfile.ZIP_DEFLATED) as archive:
+    with writing(bundle) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.write(image, image.name)
         same = f"{PROGRAM} --from_json {image.name}  # the same\n" if "needs" not in record else ""
         archive.writestr("command.txt", f"{command}\n{same}")
         for path in sorted((folder / _INPUTS).iterdir()):
             archive.write(path, f"{_INPUTS}/{path.name}")
-    written.replace(bundle)
     return Bundle(image, Path(layouts[0]) if layouts else None, bundle, command)
 
 

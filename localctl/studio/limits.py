@@ -64,6 +64,15 @@ def number(name: str, value: Any, low: float, high: float) -> float:
     return float(_within(name, _finite(name, value), low, high))
 
 
+def window(title: str, of: str, start: Any, end: Any) -> tuple[float, float]:
+    """Read when something begins and ends, as shares of the steps. title, of: its name as a sentence begins with it,
+    and after "of"."""
+    first, last = number(f"The start of {of}", start, 0, 1), number(f"The end of {of}", end, 0, 1)
+    if first >= last:
+        raise ValueError(f"{title} needs a start before its end, not {first:g} and {last:g}.")
+    return first, last
+
+
 def optional_number(name: str, value: Any, low: float, high: float) -> float | None:
     """Read a number, also as text; None where nothing is given."""
     if isinstance(value, str):
@@ -196,10 +205,7 @@ def _region(value: Any, index: int) -> SceneRegion:
     box, mask = value.get("box"), value.get("mask")
     if box is not None and mask is not None:
         raise ValueError(f"Region {index} has both a box and a mask; give one of them.")
-    start = number(f"The start {name}", value.get("start", 0), 0, 1)
-    end = number(f"The end {name}", value.get("end", 1), 0, 1)
-    if start >= end:
-        raise ValueError(f"Region {index} needs a start before its end, not {start:g} and {end:g}.")
+    start, end = window(f"Region {index}", f"region {index}", value.get("start", 0), value.get("end", 1))
     return SceneRegion(
         id=own,
         color=whole(f"The colour {name}", value.get("color", 0), 0, len(COLORS) - 1),

@@ -73,14 +73,11 @@ def read_order(values: Mapping[str, Any]) -> Order:
 
 def _follow(values: Mapping[str, Any], number: int, region: SceneRegion, scene: Scene) -> Follow:
     """Read the adapter with this number and its mask."""
-    of = f"of adapter {number}"
-    start = limits.number(f"The start {of}", values.get(f"start{number}"), 0, 1)
-    end = limits.number(f"The end {of}", values.get(f"end{number}"), 0, 1)
-    if start >= end:
-        raise ValueError(f"Adapter {number} needs a start before its end, not {start:g} and {end:g}.")
+    of = f"adapter {number}"
+    start, end = limits.window(f"Adapter {number}", of, values.get(f"start{number}"), values.get(f"end{number}"))
     return Follow(
-        adapter=limits.text(f"The name {of}", values.get(f"adapter{number}"), 300),
-        weight=limits.number(f"The strength {of}", values.get(f"weight{number}"), 0, 2),
+        adapter=limits.text(f"The name of {of}", values.get(f"adapter{number}"), 300),
+        weight=limits.number(f"The strength of {of}", values.get(f"weight{number}"), 0, 2),
         start=start,
         end=end,
         mask=mask_of(region, scene),

@@ -175,7 +175,7 @@ def _seal(folder: Path, step: int, info: Mapping[str, Any]) -> None:
         _flush(inner)
     manifest = folder / MANIFEST
     body = {"step": step, "files": entries, "info": dict(info)}
-    manifest.write_text(json.dumps({**body, "sha256": _body_sha256(body)}, indent=1))
+    manifest.write_text(json.dumps({**body, "sha256": sha256_of_json(body)}, indent=1))
     _flush(manifest)
     _flush(folder)
 
@@ -194,7 +194,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         files = [(entry["sha256"], entry["size"]) for entry in manifest["files"].values()]
         if int(manifest["step"]) < 0 or not isinstance(manifest["info"], dict) or not files:
             raise ValueError("not a manifest")
-        if manifest.pop("sha256") != _body_sha256(manifest):
+        if manifest.pop("sha256") != sha256_of_json(manifest):
             raise ValueError("changed since it was written")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"The checkpoint {path} has no readable {MANIFEST}; use another one.") from None
@@ -267,7 +267,3 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _body_sha256(body: Mapping[str, Any]) -> str:
-    return sha256_of_json(body)

@@ -24,6 +24,7 @@ from localctl.denoisers.base import Denoiser
 from localctl.diffusion import is_for_videos, latent_channels, latent_size
 from localctl.pipelines import DTYPES, BaseConfig
 from localctl.training.adapter_plan import plan_adapter
+from localctl.training.frozen import dtype_of
 from localctl.training.large_bases import BYTES
 from localctl.training.operations import count_operations
 from localctl.training.settings import AdapterConfig, TrainSettings
@@ -33,7 +34,7 @@ SIZES = {  # the image sides at which these bases were trained
     **dict.fromkeys(("pixart", "sd3", "flux", "flux2", "qwen_image", "z_image"), 1024),
 }
 GIB = 2**30
-_HALF = {"fp16": "float16", "bf16": "bfloat16"}
+_HALF = ("fp16", "bf16")
 _HEAD = (
     "base", "size", "batch", "precision", "trained M", "frozen M", "step TFLOP", "vae TFLOP",
     "weights", "gradients", "optimizer", "activations", "GiB in all",
@@ -89,13 +90,14 @@ class Estimator:
 
     def cost(self, settings: TrainSettings, size: tuple[int, int]) -> Cost:
         """Return the cost of one sample of ``size`` (height, width) with ``settings``."""
-        return self._count(size, settings.gradient_checkpointing, _dtype(settings), settings.max_sequence_length)
+        dtype = dtype_of(settings, settings.precision)
+        return self._count(size, settings.gradient_checkpointing, dtype, settings.max_sequence_length)
 
     def estimate(self, settings: TrainSettings, size: tuple[int, int]) -> Estimate:
         """Estimate training with ``settings`` at ``size`` (height, width); activations are proportional to the batch
         size."""
         cost, half = self.cost(settings, size), settings.precision in _HALF
-        width = _dtype(settings).itemsize
+        width = dtype_of(settings, settings.precision).itemsize
         vae_width = 4 if self.shape.xl else width
         encodes = settings.data.encodings_dir is None
         denoiser = self.shape.denoiser
@@ -118,11 +120,6 @@ class Estimator:
             optimizer=self.trained * (2 if settings.use_8bit_adam else 8),  # both moments
             activations=settings.train_batch_size * alive,
         )
-
-
-def _dtype(settings: TrainSettings) -> torch.dtype:
-    """Return in which dtype the frozen parts compute."""
-    return DTYPES[_HALF.get(settings.precision, settings.base.dtype)]
 
 
 def report(settings: TrainSettings) -> str:

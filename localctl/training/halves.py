@@ -74,7 +74,8 @@ class _Halves(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, compute: Compute, wanted: bool, *features: Tensor) -> tuple[Tensor, ...]:
-        first, second = _halves(len(features[0]))
+        count = len(features[0])
+        first, second = slice((count + 1) // 2), slice((count + 1) // 2, count)
         half = partial(_terms_and_gradients, compute, wanted, features)
         parts = [torch.cat(pair) for pair in zip(*_both(partial(half, first), partial(half, second)), strict=True)]
         values, gradients = parts[: len(_TERMS)], parts[len(_TERMS) :]
@@ -96,11 +97,6 @@ def _terms_and_gradients(compute: Compute, wanted: bool, features: Sequence[Tens
         terms = compute(rows, leaves)
         gradients = torch.autograd.grad(terms.total.sum(), leaves) if wanted else ()
     return [*(getattr(terms, name).detach() for name in _TERMS), *gradients]
-
-
-def _halves(count: int) -> tuple[slice, slice]:
-    middle = (count + 1) // 2
-    return slice(0, middle), slice(middle, count)
 
 
 def _both(first: Callable[[], T], second: Callable[[], T]) -> tuple[T, T]:

@@ -56,6 +56,11 @@ def quantized(quantization: Quantization, dtype: torch.dtype, device: torch.devi
     return PipelineQuantizationConfig(quant_mapping={"transformer": own})
 
 
+def is_absent(part: nn.Module) -> bool:
+    """Return whether only the shapes of a part are there, as of encoders whose work is cached."""
+    return any(parameter.is_meta for parameter in part.parameters())
+
+
 def offload(pipe: Any, device: torch.device) -> None:
     """Move all parts but the transformer to ``device``; a block of that is there only while it is computed (diffusers'
     group offloading).
@@ -65,7 +70,7 @@ def offload(pipe: Any, device: torch.device) -> None:
     which are kept as views, and so stay.
     """
     for part in pipe.components.values():
-        if isinstance(part, nn.Module) and part is not pipe.transformer and not _is_absent(part):
+        if isinstance(part, nn.Module) and part is not pipe.transformer and not is_absent(part):
             part.to(device)
     options = {"onload_device": device, "offload_device": torch.device("cpu")}
     pipe.transformer.enable_group_offload(**options, offload_type="block_level", num_blocks_per_group=1)
@@ -81,7 +86,3 @@ def offload(pipe: Any, device: torch.device) -> None:
     assert isinstance(denoiser, Transformer)
     for _, block in denoiser.blocks:
         block.register_forward_pre_hook(leave)
-
-
-def _is_absent(part: nn.Module) -> bool:
-    return any(parameter.is_meta for parameter in part.parameters())

@@ -23,6 +23,7 @@ from localctl.data.fingerprint import COUNT, NAMES
 from localctl.data.sample import Source
 from localctl.files import sha256, sha256_of_json
 from localctl.redaction import MASKED, flat, recorded
+from localctl.training.large_bases import is_absent
 from localctl.training.schedule import FIRST_LOCAL, section
 from localctl.training.settings import TrainSettings
 
@@ -155,11 +156,6 @@ def weights_fingerprint(parts: Mapping[str, Any]) -> str:
             digest.update(f"{part}.{name}{tuple(parameter.shape)}".encode())
             digest.update(as_bytes(_plain(parameter).flatten()[:16].float()))
     return digest.hexdigest()
-
-
-def is_absent(part: nn.Module) -> bool:
-    """Return whether only the shapes of a part are there, as of encoders whose work is cached."""
-    return any(parameter.is_meta for parameter in part.parameters())
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

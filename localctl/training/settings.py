@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field
 
 from localctl.bases import BaseConfig, BaseSpec, SchedulerName, defaults_of
+from localctl.cluster import available_cpus
 from localctl.data.config import DataConfig
 from localctl.records import Decay, Finite, NotNegative, Positive, Rate, Share, record
 from localctl.settings import (
@@ -319,7 +320,7 @@ class TrainSettings:
         if self.dataloader_num_workers is not None:
             return self.dataloader_num_workers
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of this job on this machine
-        return 0 if self.data.is_micro else max(0, min(MOST_WORKERS, cores() // local - 1))
+        return 0 if self.data.is_micro else max(0, min(MOST_WORKERS, available_cpus() // local - 1))
 
     @property
     def precision(self) -> str:
@@ -342,8 +343,3 @@ def _sampling(own: BaseSpec, guidance_scale: float | None, scheduler: SchedulerN
     """Return how to sample images, from a base where it is None."""
     scale = own.guidance_scale if guidance_scale is None else guidance_scale
     return {"guidance_scale": scale, "scheduler": scheduler or own.scheduler}
-
-
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -25,6 +25,7 @@ from localctl.distributed import Messages, joining, processes
 from localctl.files import first_line, read_json, share_weights, write_json
 from localctl.training.checkpoints import CheckpointError, save_checkpoint
 from localctl.training.compilation import Compilation
+from localctl.training.frozen import dtype_of
 from localctl.training.models import Models, load_models
 from localctl.training.optimizer import averaged, make_ema, make_optimizer, optimizer_class
 from localctl.training.schedule import learning_rate_at
@@ -35,7 +36,6 @@ WAIT = timedelta(hours=2)  # timeout between processes: the first may be busy wi
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) + (
     pickle.UnpicklingError,
 )
-_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class _Unfit(ValueError):
@@ -265,7 +265,7 @@ def new_state(settings: TrainSettings, accelerator: Accelerator, without: Collec
             "FSDP shards what is trained, not the frozen transformer, which would be whole in each process; use DDP, "
             "with --quantization or --offload_base if it does not fit."
         )
-    models = load_models(settings, accelerator.device, _DTYPES.get(accelerator.mixed_precision), without)
+    models = load_models(settings, accelerator.device, dtype_of(settings, accelerator.mixed_precision), without)
     parameters = [parameter for parameter in models.plain_adapter.parameters() if parameter.requires_grad]
     compilation = Compilation(models) if settings.compile else None
     optimizer = make_optimizer(optimizer_kind, parameters, settings)

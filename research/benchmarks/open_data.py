@@ -4,13 +4,15 @@
 
 Rows of metadata.jsonl and of parquet, which share 1,000 images, are written to a temporary folder. Each part runs in a
 process of its own. Memory is the resident set without mapped files, which the system drops when it needs space: its
-growth above the imports, and while training its mean in each third of the steps. The exit status is 1 if the last third
-differs from the second by more than 3 %.
+growth above the imports, and while training its mean in each third of the steps. Last, the fingerprints of a U-Net's
+weights, which resuming compares. The exit status is 1 if the last third differs from the second by more than 3 %.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import json
 import multiprocessing
 import os
 import sys
@@ -23,7 +25,11 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
 from accelerate import Accelerator
+from PIL import Image
 
 from localctl.conditions import ConditionConfig
 from localctl.data import BucketPlan, DataConfig, FileSource, SamplePlan, open_files
@@ -31,14 +37,51 @@ from localctl.data.files import part_of
 from localctl.pipelines import BaseConfig
 from localctl.training.data import in_buckets
 from localctl.training.loop import prepare
+from localctl.training.resume import fingerprints
 from localctl.training.settings import TrainSettings
 from localctl.training.summary import remarks
-from research.benchmarks.fingerprint import imagefolder, parquet
+from research.benchmarks.shapes import random_pipeline
 
 MIB = 2**20
 FLAT = 0.03
 SIDE = 64
+IMAGES = 1000
 BUCKETS = "64,64;64,96;96,64"
+
+
+def image(number: int) -> bytes:
+    """Return a PNG of 64x64 pixels."""
+    pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3)).astype(np.uint8).repeat(8, 0).repeat(8, 1)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def caption(number: int) -> str:
+    """Return a caption of usual length."""
+    return f"photo {number} of a street in the rain, with people, umbrellas and the lights of a shop behind them"
+
+
+def imagefolder(root: Path, rows: int) -> dict[str, str]:
+    """Write a folder with metadata.jsonl, and return its settings."""
+    (root / "images").mkdir(parents=True)
+    for number in range(IMAGES):
+        (root / "images" / f"{number}.png").write_bytes(image(number))
+    with (root / "metadata.jsonl").open("w") as file:
+        for number in range(rows):
+            file.write(json.dumps({"file_name": f"images/{number % IMAGES}.png", "text": caption(number)}) + "\n")
+    return {"path": str(root)}
+
+
+def parquet(root: Path, rows: int) -> dict[str, str]:
+    """Write a parquet file, and return its settings."""
+    root.mkdir(parents=True)
+    images = [{"bytes": image(number), "path": None} for number in range(IMAGES)]
+    table = pa.table(
+        {"image": [images[n % IMAGES] for n in range(rows)], "text": [caption(number) for number in range(rows)]}
+    )
+    pq.write_table(table, root / "all.parquet")
+    return {"name": "parquet", "path": str(root), "cache_dir": str(root / "cache")}
 
 
 def resident() -> float:
@@ -109,6 +152,13 @@ def training(name: str, data: DataConfig, folder: Path, steps: int) -> float:
     return abs(change)
 
 
+def weights(base: str) -> None:
+    """Print what the fingerprints of a base's weights cost."""
+    unet = random_pipeline(base, torch.device("cpu"), torch.float32).unet
+    count = sum(parameter.numel() for parameter in unet.parameters())
+    Costs(f"U-Net of {base}, {count / 1e6:.0f} million values").of("fingerprints", lambda: fingerprints({"unet": unet}))
+
+
 def alone(work: Callable[..., Any], *arguments: Any) -> Any:
     """Run ``work`` in a process of its own, and return its result."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -120,17 +170,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=50_000)
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--base", default="sd15", choices=("sd15", "sd21", "sdxl"), help="shape of the U-Net")
     args = parser.parse_args(argv)
     changes = []
     with tempfile.TemporaryDirectory() as folder:
         for make in (imagefolder, parquet):
-            made = make(Path(folder) / make.__name__, args.rows)
-            data = DataConfig(
-                name=made.name, path=made.path, cache_dir=made.cache_dir, resolution=SIDE, aspect_ratio_buckets=BUCKETS
-            )
+            place = make(Path(folder) / make.__name__, args.rows)
+            data = DataConfig(**place, resolution=SIDE, aspect_ratio_buckets=BUCKETS)  # type: ignore[arg-type]
             name = f"{make.__name__} of {args.rows:,} rows"
             alone(opening, name, data, Path(folder) / f"sizes_{make.__name__}")
             changes.append(alone(training, name, data, Path(folder) / f"out_{make.__name__}", args.steps))
+    alone(weights, args.base)
     return 0 if max(changes) <= FLAT else 1
 
 

@@ -15,16 +15,11 @@ import argparse
 import statistics
 import sys
 import time
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
 from localctl.cli.program import one_sentence
 from localctl.control.attach import attach
@@ -36,6 +31,7 @@ from localctl.sampling import image_size, initial_noise
 from localctl.weight_search.differentiable import decode, sample_latents
 from localctl.weight_search.objective import ClipObjective
 from localctl.weight_search.weights import find_clip
+from research.benchmarks.timing import peak_of
 
 SCENE = Layout(
     "a red circle to the left of a blue square",
@@ -56,35 +52,6 @@ def new_parser() -> argparse.ArgumentParser:
     add("--device", default="cpu")
     add("--no_checkpointing", action="store_true", help="turn off gradient checkpointing")
     return parser
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the live tensors made while it is active, except the ``known`` ones."""
-
-    def __init__(self, known: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._seen = WeakIdKeyDictionary()
-        for tensor in known:
-            self._seen[tensor.untyped_storage()] = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
-        return output
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._seen:
-            return
-        size = self._seen[storage] = storage.nbytes()
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._freed, size)
-
-    def _freed(self, size: int) -> None:
-        self.now -= size
 
 
 class Bench:
@@ -131,26 +98,13 @@ class Bench:
         torch.cuda.synchronize()
         return time.perf_counter()
 
-    def peak(self, run: Callable[[], Any]) -> int:
-        """Return the peak memory of ``run`` in bytes, above that in use before."""
-        if self.pipe.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            run()
-            return torch.cuda.max_memory_allocated() - before
-        models = (self.pipe.unet, self.pipe.vae, self.pipe.text_encoder, self.clip.model)
-        with LiveBytes([parameter for model in models for parameter in model.parameters()]) as counted:
-            run()
-        return counted.peak
-
 
 def memory(bench: Bench, steps: Sequence[int]) -> None:
     """Print the peak of one epoch for each number of steps, and the ratio of the last to the first."""
     peaks = []
     for count in steps:
-        peaks.append(bench.peak(partial(bench.epoch, count)))
-        print(f"{count} steps: peak {peaks[-1] / 2**20:.1f} MiB beyond the models")
+        peaks.append(peak_of(partial(bench.epoch, count), bench.pipe.device))
+        print(f"{count} steps: peak {peaks[-1]:.1f} MiB beyond the models")
     print(f"ratio {steps[-1]} / {steps[0]} steps: {peaks[-1] / peaks[0]:.3f}")
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
-from localctl.records import record
-from localctl.settings import REPORT_TO
-from research.flags import check_least
+from pydantic import Field
 
-SOURCES = ("micro", "coco")
+from localctl.records import NotNegative, Positive, Rate, Share, record
+from localctl.settings import ReportTo
+
 ALIASES = {"train_data": "data.name", "instances": "data.instances", "stuff": "data.stuff"}
 # Settings that may change when a run is resumed; no others may.
 FREE = (
@@ -31,16 +32,14 @@ class PredictorConfig:
     components: Gaussians in the mixture of each centre.
     """
 
-    width: int = 96
-    layers: int = 4
-    heads: int = 4
-    hidden: int = 192
-    buckets: int = 4096
-    components: int = 6
+    width: Positive = 96
+    layers: Positive = 4
+    heads: Positive = 4
+    hidden: Positive = 192
+    buckets: Annotated[int, Field(ge=16)] = 4096
+    components: Positive = 6
 
     def __post_init__(self) -> None:
-        least = {"width": 1, "layers": 1, "heads": 1, "hidden": 1, "components": 1, "buckets": 16}
-        check_least(self, least, "predictor.")
         if self.width % self.heads:
             raise ValueError(f"predictor.width={self.width} is not a multiple of predictor.heads={self.heads}.")
 
@@ -58,21 +57,16 @@ class LayoutDataConfig:
     max_objects: for coco, most things per image.
     """
 
-    name: str = "micro"
-    count: int | None = None
+    name: Literal["micro", "coco"] = "micro"
+    count: Positive | None = None
     instances: str | None = None
     stuff: str | None = None
-    min_area: float = 0.02
-    max_objects: int = 3
+    min_area: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    max_objects: Annotated[int, Field(ge=2)] = 3
 
     def __post_init__(self) -> None:
-        if self.name not in SOURCES:
-            raise ValueError(f"Unknown data.name {self.name!r}; choose one of {', '.join(SOURCES)}.")
         if self.name == "coco" and self.instances is None:
             raise ValueError("data.name=coco needs annotations; give data.instances=instances_train2017.json.")
-        check_least(self, {"count": 1, "max_objects": 2}, "data.")
-        if not 0 <= self.min_area < 1:
-            raise ValueError(f"data.min_area must lie in [0, 1), not {self.min_area}.")
 
 
 @record("captions")
@@ -88,20 +82,12 @@ class CaptionSettings:
     variants: different sentences per scene; null = a new one at each visit.
     """
 
-    own: float = 0.2
-    lists: float = 0.1
-    rename: float = 0.3
+    own: Share = 0.2
+    lists: Share = 0.1
+    rename: Share = 0.3
     mirror: bool = True
-    margin: float = 0.11
-    variants: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("own", "lists", "rename"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"captions.{name} must lie in [0, 1], not {getattr(self, name)}.")
-        if not 0 < self.margin < 0.5:
-            raise ValueError(f"captions.margin must lie between 0 and 0.5, not {self.margin}.")
-        check_least(self, {"variants": 1}, "captions.")
+    margin: Annotated[float, Field(gt=0, lt=0.5)] = 0.11
+    variants: Positive | None = None
 
 
 @record()
@@ -142,35 +128,24 @@ class LayoutTrainSettings:
     output_dir: str = "outputs/layout_predictor"
     overwrite_output_dir: bool = False
     seed: int = 0
-    report_to: str = "none"
+    report_to: ReportTo = "none"
     device: str = "auto"
-    cpu_threads: int | None = None
+    cpu_threads: Positive | None = None
 
-    max_train_steps: int = 1800
-    train_batch_size: int = 32
-    learning_rate: float = 2e-3
-    lr_warmup_steps: int = 100
-    adam_weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    word_dropout: float = 0.03
-    name_dropout: float = 0.5
+    max_train_steps: Positive = 1800
+    train_batch_size: Positive = 32
+    learning_rate: Rate = 2e-3
+    lr_warmup_steps: NotNegative = 100
+    adam_weight_decay: Rate = 0.01
+    max_grad_norm: Rate = 1.0
+    word_dropout: Share = 0.03
+    name_dropout: Share = 0.5
     relation_weight: float = 1.0
-    known: float = 0.7
+    known: Share = 0.7
 
-    logging_steps: int = 50
-    validation_steps: int = 1000
-    validation_count: int = 100
-    checkpointing_steps: int = 250
-    checkpoints_total_limit: int | None = 2
+    logging_steps: Positive = 50
+    validation_steps: NotNegative = 1000
+    validation_count: Positive = 100
+    checkpointing_steps: NotNegative = 250
+    checkpoints_total_limit: Annotated[int, Field(ge=2)] | None = 2
     resume_from_checkpoint: str | None = None
-
-    def __post_init__(self) -> None:
-        positive = ("max_train_steps", "train_batch_size", "logging_steps", "validation_count", "cpu_threads")
-        check_least(self, dict.fromkeys(positive, 1) | {"checkpoints_total_limit": 2})
-        check_least(self, dict.fromkeys(("lr_warmup_steps", "validation_steps", "checkpointing_steps"), 0))
-        check_least(self, dict.fromkeys(("adam_weight_decay", "max_grad_norm", "learning_rate"), 0))
-        for name in ("word_dropout", "name_dropout", "known"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], not {getattr(self, name)}.")
-        if self.report_to not in REPORT_TO:
-            raise ValueError(f"Unknown report_to {self.report_to!r}; choose one of {', '.join(REPORT_TO)}.")

@@ -5,6 +5,7 @@ import shutil
 import pytest
 from log_helpers import logged
 
+from localctl.files import sha256_of_json
 from localctl.training import checkpoints
 from localctl.training.checkpoints import (
     CheckpointError,
@@ -202,7 +203,7 @@ def sealed(path, **changes):
     body.pop("sha256")
     body |= changes
     body = {name: value for name, value in body.items() if value is not None}
-    (path / "manifest.json").write_text(json.dumps({**body, "sha256": checkpoints._body_sha256(body)}))
+    (path / "manifest.json").write_text(json.dumps({**body, "sha256": sha256_of_json(body)}))
 
 
 MANIFESTS = {

@@ -25,9 +25,10 @@ from localctl.data import PlanSampler, SamplePlan
 from localctl.data.bad_rows import Problem, TooManyBadRows
 from localctl.data.config import DataConfig
 from localctl.distributed import Messages, leave
+from localctl.files import sha256_of_json
 from localctl.losses import FILTERS
-from localctl.training import checkpoints, loop
 from localctl.training import data as run_data
+from localctl.training import loop
 from localctl.training.checkpoints import list_checkpoints
 from localctl.training.data import DataWatch, next_batch, shared_quarantine
 from localctl.training.state import WAIT
@@ -174,7 +175,7 @@ def test_processes_that_find_different_checkpoints_do_not_start(sd_folder, tmp_p
     manifest = tmp_path / "0" / "checkpoint-1" / "manifest.json"
     body = json.loads(manifest.read_text())
     body["info"]["world_size"] = 2
-    body["sha256"] = checkpoints._body_sha256({name: body[name] for name in ("step", "files", "info")})
+    body["sha256"] = sha256_of_json({name: body[name] for name in ("step", "files", "info")})
     manifest.write_text(json.dumps(body))
     assert [finish(process) for process in start_ranks(2, own_folder, sd_folder, tmp_path)] == [7, 7]
 
