@@ -193,8 +193,11 @@ class DenoiserLoss(ABC):
         # With much noise, the places of objects are not determined: a larger weight there would favour objects.
         settled = _fading(t, *self.settled)[:, None, None]
         weighted = (error * (1 + settled * (FAR + (NEAR - FAR) * near - 1))).mean((1, 2))
-        seen = _fading(t, *self.seen) * ~sampled.is_empty
-        attention, share = focus_loss(self.recorded, focus.masks[scenes].float(), focus.tokens[scenes], seen)
+        relations = focus.relations[scenes]
+        # A relation tells of places that the noise leaves open.
+        seen = torch.where(relations >= 0, 1.0, _fading(t, *self.seen)) * ~sampled.is_empty
+        masks, tokens = focus.masks[scenes].float(), focus.tokens[scenes]
+        attention, share = focus_loss(self.recorded, masks, tokens, relations, seen)
         loss = (weighted * weight).mean() + FOCUS_WEIGHT * attention
         objects = (error * near).sum() / near.sum().clamp(min=1)
         return {"loss": loss, "objects": objects, "attention": share}

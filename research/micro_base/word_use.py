@@ -25,9 +25,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--base", default="micro", help="micro, or the folder of another micro base")
     parser.add_argument("--count", type=int, default=100, help="scenes to measure")
     parser.add_argument("--timesteps", type=int, nargs="+", default=[300, 400, 500], help="from 0 to 999")
+    parser.add_argument("--relations", action="store_true", help="measure the relation of two objects instead")
+    parser.add_argument("--guidance_scale", type=float, nargs="+", help="of the images with a relation; default: 2")
+    parser.add_argument("--steps", type=int, default=15, help="of DDIM, for the images with a relation")
     args = parser.read(argv)
+    if args.guidance_scale and not args.relations:
+        raise ValueError("--guidance_scale acts on the images of --relations; add that, or leave it out.")
     if args.count < 1 or not all(0 <= t < 1000 for t in args.timesteps):
         raise ValueError("--count must be at least 1, and --timesteps between 0 and 999.")
+    if args.relations:
+        with loading():
+            from research.micro_base import relations
+
+        print(relations.report(args.base, args.count, args.timesteps, args.guidance_scale, args.steps))
+        return 0
     with loading():
         from research.micro_base.word_errors import report
 
