@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from research.micro_base.clip import new_clip, new_tokenizer, token_ids, train_c
 from research.micro_base.clock import ClockConfig
 from research.micro_base.data import TrainingScenes
 from research.micro_base.export import export, export_transformer, text_tower
-from research.micro_base.focus import make_focus
+from research.micro_base.focus import expected_latents, make_focus
 from research.micro_base.loop import LoopConfig, digest, read_weights
 from research.micro_base.roles import train_roles
 from research.micro_base.transformer import (
@@ -163,6 +164,8 @@ def build_unet(args: argparse.Namespace, data: TrainingScenes, started: float) -
     cache, initial = latents(args, data), denoiser_weights(args, None)
     count = len(cache.latents)
     focus = make_focus(count, args.workdir / f"words-of-{count}.pt", args.unet_mix, args.unet_relations)
+    if args.unet_relations:
+        focus = replace(focus, expected=expected_latents(cache.latents, data.basic.captions[:count]))
     config: LoopConfig | ClockConfig
     if args.unet_minutes:
         seconds = started + 60 * args.unet_minutes - time.monotonic()

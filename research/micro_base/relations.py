@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,17 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from localctl.bases import BASES
 from localctl.metrics.bootstrap import Interval, bootstrap
 from localctl.micro.detect import detect
 from localctl.micro.scenes import RELATIONS, Scene, article
 from localctl.micro.shapes import BACKGROUNDS, COLORS, SHAPES
 from localctl.pipelines import BaseConfig, encode_captions, load_pipeline, set_scheduler
 from research.harness import first_scenes
+from research.micro_base.measure import GUIDANCE as GUIDANCE
 from research.micro_base.measure import SCHEDULER, generate_captions
 from research.micro_base.word_errors import predictions
 
 OPPOSITE = dict(zip(RELATIONS, (RELATIONS[1], RELATIONS[0], RELATIONS[3], RELATIONS[2]), strict=True))
+STEPS = 15  # of the images
 RIDGE = 1e-3  # of the probes, relative to the mean square of the states
 Pair = tuple[tuple[str, str], tuple[str, str]]  # colour and shape of the first and of the second object
 
@@ -53,7 +54,7 @@ def places_of(relation: str) -> dict[str, int]:
         "relation": told,
         "second object's colour": last + 2,
         "second object's shape": last + 3,
-        "end": last + 7,
+        "end": last + 8,
         "last padding": -1,
     }
 
@@ -68,29 +69,25 @@ def probe(states: Tensor, classes: Tensor, held_out: int) -> float:
     return float(((x[-held_out:] @ weights).argmax(1) == classes[-held_out:]).double().mean())
 
 
-def probe_states(pipe: Any, axis: int, count: int = 4000) -> dict[str, tuple[float, float, float]]:
-    """Return, for words of captions, the accuracies of linear probes of their states, on a quarter of the captions.
-
-    They tell which of the two relations of an axis (0: left and right, 1: above and below) the caption states (chance
-    0.5), the colour of the first object, and the colour of the object that is left or above (chance 0.125).
-    """
+def probe_states(pipe: Any, axis: int, count: int = 4000) -> dict[str, tuple[float, float]]:
+    """Return, for words of captions with one of the two relations of an axis (0: left and right, 1: above and below),
+    how well their states tell the relation: accuracy of a linear probe on a quarter of the captions (chance 0.5), and
+    the share of the states' variance that the relation explains."""
     rng = np.random.default_rng([axis, count])
-    colors, shapes = list(COLORS), list(SHAPES)
-    captions, sides, firsts, befores = [], [], [], []
-    for _ in range(count):
-        one, two = (int(i) for i in rng.choice(len(colors), 2, replace=False))
-        side = int(rng.integers(2))
-        pair = (colors[one], str(rng.choice(shapes))), (colors[two], str(rng.choice(shapes)))
-        captions.append(caption(pair, RELATIONS[2 * axis + side], str(rng.choice(list(BACKGROUNDS)))))
-        sides.append(side)
-        firsts.append(one)
-        befores.append((one, two)[side])
+    captions, sides = [], rng.integers(2, size=count)
+    for side in sides:
+        one, two = rng.choice(list(COLORS), 2, replace=False)
+        shapes = rng.choice(SHAPES, 2)
+        pair = (str(one), str(shapes[0])), (str(two), str(shapes[1]))
+        captions.append(caption(pair, RELATIONS[2 * axis + int(side)], str(rng.choice(list(BACKGROUNDS)))))
     states = torch.cat([encode_captions(pipe, captions[i : i + 200]).states for i in range(0, count, 200)])
-    classes = [torch.tensor(values) for values in (sides, firsts, befores)]
+    classes = torch.from_numpy(sides)
     found = {}
     for name, place in places_of(RELATIONS[2 * axis]).items():
-        side, first, before = (probe(states[:, place], values, count // 4) for values in classes)
-        found[name] = (side, first, before)
+        own = states[:, place]
+        means = torch.stack([own[classes == side].mean(0) for side in (0, 1)])
+        share = float(means.var(0, correction=0).sum() / own.var(0, correction=0).sum())
+        found[name] = probe(own, classes, count // 4), share
     return found
 
 
@@ -127,12 +124,14 @@ def use_of_relations(
     return found
 
 
-def relations_of_images(pipe: Any, scenes: Sequence[Scene], guidance: float, steps: int) -> dict[str, Interval]:
+def relations_of_images(pipe: Any, scenes: Sequence[Scene], guidance: float) -> dict[str, Interval]:
     """Return how often images have both objects, and of those how often the stated relation holds, also by its axis."""
-    images = generate_captions(pipe, [replace(s, caption=changes(s)["true"]) for s in scenes], guidance, steps)
-    both, holds = [], {"relation": [], "left or right": [], "above or below": []}  # type: ignore[var-annotated]
+    images = generate_captions(pipe, [replace(s, caption=changes(s)["true"]) for s in scenes], guidance, STEPS)
+    both: list[float] = []
+    holds: dict[str, list[float]] = {"relation": [], "left or right": [], "above or below": []}
     for item, image in zip(scenes, images, strict=True):
-        reading, relation = detect(image), item.relation[1]  # type: ignore[index]
+        assert item.relation is not None
+        reading, relation = detect(image), item.relation[1]
         first, second = (o.phrase for o in item.objects)
         both.append(float(reading.has(first) and reading.has(second)))
         if both[-1]:
@@ -142,21 +141,20 @@ def relations_of_images(pipe: Any, scenes: Sequence[Scene], guidance: float, ste
     return {name: bootstrap(np.asarray(values)) for name, values in ({"both": both} | holds).items() if values}
 
 
-def report(base: str, count: int, timesteps: Sequence[int], guidance: Sequence[float], steps: int) -> str:
-    """Return the figures of ``count`` scenes as text. Raises ValueError for a base that cannot be loaded."""
+def lines(base: str, count: int, timesteps: Sequence[int], guidance: Sequence[float]) -> Iterator[str]:
+    """Yield the figures of ``count`` scenes as text. Raises ValueError for a base that cannot be loaded."""
     pipe = load_pipeline(BaseConfig(name=base))
     set_scheduler(pipe, SCHEDULER)
     pipe.set_progress_bar_config(disable=True)
     scenes = first_scenes(count, is_related)
-    lines = ["text states: accuracy of linear probes for the relation, the first colour, the colour left or above"]
+    yield "text states: accuracy of a linear probe for the relation, share of the variance"
     for axis, name in enumerate(("left or right", "above or below")):
-        for place, values in probe_states(pipe, axis).items():
-            lines.append(f"{name:14}  {place:22}  " + "  ".join(f"{value:.3f}" for value in values))
-    lines.append("prediction: true caption better, error that the change adds, change of the predicted clean latents")
+        for place, (accuracy, share) in probe_states(pipe, axis).items():
+            yield f"{name:14}  {place:22}  {accuracy:.3f}  {share:.4f}"
+    yield "prediction: the true caption is better, error that the change adds, change of the predicted clean latents"
     for timestep in timesteps:
         for change, figures in use_of_relations(pipe, scenes, timestep).items():
-            lines.append(f"{timestep:5}  {change:10}  " + "  ".join(map(str, figures)))
-    for scale in guidance or [BASES["micro"].guidance_scale]:
-        figures = relations_of_images(pipe, scenes, scale, steps)
-        lines.append(f"guidance {scale:g}: " + ", ".join(f"{name} {value}" for name, value in figures.items()))
-    return "\n".join(lines)
+            yield f"{timestep:5}  {change:10}  " + "  ".join(map(str, figures))
+    for scale in guidance:
+        found = relations_of_images(pipe, scenes, scale)
+        yield f"guidance {scale:g}: " + ", ".join(f"{name} {value}" for name, value in found.items())
