@@ -119,8 +119,8 @@ def use_of_relations(
             rows.setdefault(name, []).append((float(error[0] < e), float(e / error[0] - 1), change))
     found = {}
     for name, values in rows.items():
-        told, worse, change = (bootstrap(column) for column in np.array(values).T)
-        found[name] = (told, worse, change)
+        told, worse, moved = (bootstrap(column) for column in np.array(values).T)
+        found[name] = (told, worse, moved)
     return found
 
 
