@@ -22,7 +22,8 @@ from localctl.cli.program import one_sentence
 from localctl.messages import loading
 
 PROGRAM = "research.micro_base"
-PARTS = ("vae", "clip", "words", "unet", "decoder", "clip_vision", "export")
+PARTS = ("vae", "clip", "words", "roles", "unet", "decoder", "clip_vision", "export")
+DEFAULT_PARTS = tuple(part for part in PARTS if part != "roles")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -31,7 +32,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--workdir", type=Path, default=Path("outputs/micro"), help="caches and checkpoints")
     add("--output_dir", type=Path, default=MICRO_WEIGHTS, help="folder to write the finished base to")
-    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="parts to train or export")
+    add("--parts", nargs="+", choices=PARTS, default=list(DEFAULT_PARTS), help="parts to train or export")
     add(
         "--denoiser",
         choices=("unet", "transformer"),
@@ -48,6 +49,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--clip_steps", type=int, default=950, help="steps of both towers")
     add(
         "--words_steps", type=int, default=1500, help="steps of the text tower alone, towards a direction for each word"
+    )
+    add(
+        "--roles_steps",
+        type=int,
+        default=1000,
+        help="steps of the part roles, a copy of the text tower that tells the sides of related objects",
     )
     add("--decoder_steps", type=int, default=900, help="steps of the decoder alone, on the cached latents")
     add("--clip_vision_steps", type=int, default=500, help="steps of the vision tower alone")
@@ -84,6 +91,13 @@ def _add_unet(parser: argparse.ArgumentParser) -> None:
         metavar=("ONE", "TWO", "THREE"),
         help="share of scenes with 1, 2 and 3 objects and a full caption; the rest are any scenes",
     )
+    add(
+        "--unet_relations",
+        type=float,
+        default=0,
+        help="share of scenes with a stated relation, beside those of --unet_mix; above 0, the first object's places "
+        "also learn to attend to the relation's word, at all timesteps",
+    )
     add("--unet_noisy", type=float, default=0.22, help="share of timesteps from 700 on, where objects are placed")
     add(
         "--patch",
@@ -101,13 +115,20 @@ def _add_unet(parser: argparse.ArgumentParser) -> None:
 
 def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Raise a ValueError for flags that cannot be followed."""
-    if min(args.unet_mix) < 0 or sum(args.unet_mix) > 1:
-        raise ValueError(f"--unet_mix {args.unet_mix} must be shares from 0 to 1 that add up to at most 1.")
+    shares = [*args.unet_mix, args.unet_relations]
+    if min(shares) < 0 or sum(shares) > 1:
+        raise ValueError(
+            f"--unet_mix {args.unet_mix} and --unet_relations {args.unet_relations:g} must be shares from 0 to 1 that "
+            "add up to at most 1."
+        )
     if not 0 < args.unet_noisy < 0.9:
         raise ValueError(f"--unet_noisy {args.unet_noisy:g} must be between 0 and 0.9.")
     if args.denoiser == "transformer" and args.output_dir == MICRO_WEIGHTS:
         raise ValueError("--denoiser transformer would replace the shipped U-Net's base; give --output_dir.")
-    for name in ("patch", "teacher") if args.denoiser == "unet" else ("prediction_type", "unet_noisy"):
+    if args.denoiser == "transformer" and "roles" in args.parts:
+        raise ValueError("--parts roles does not act on --denoiser transformer; leave it out, or train the U-Net.")
+    of_unet = ("prediction_type", "unet_noisy", "unet_relations")
+    for name in ("patch", "teacher") if args.denoiser == "unet" else of_unet:
         if getattr(args, name) != parser.get_default(name):
             raise ValueError(f"--{name} does not act on --denoiser {args.denoiser}; leave it out, or change that.")
     if args.teacher is not None and not (args.teacher / "unet").is_dir():

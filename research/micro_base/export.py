@@ -32,14 +32,18 @@ def export(
     tokenizer: CLIPTokenizer,
     unet: UNet2DConditionModel,
     prediction_type: str = "v_prediction",
+    text: CLIPTextModel | None = None,
 ) -> int:
-    """Write the pipeline to ``folder`` and the whole CLIP to ``folder/clip``; return the size in bytes."""
+    """Write the pipeline to ``folder`` and the whole CLIP to ``folder/clip``; return the size in bytes.
+
+    text: the text encoder of the U-Net; None: the text tower of the CLIP.
+    """
     choose_pil_processors()
     from diffusers import StableDiffusionPipeline  # only now: importing it chooses the processors
 
     pipeline = StableDiffusionPipeline(
         vae=vae,
-        text_encoder=text_tower(clip),
+        text_encoder=text or text_tower(clip),
         tokenizer=tokenizer,
         unet=unet,
         scheduler=new_scheduler(prediction_type),

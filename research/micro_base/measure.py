@@ -93,10 +93,12 @@ def _holds(count: int, item: Scene) -> bool:
     return len(item.objects) == count
 
 
-def generate_captions(pipe: Any, scenes: list[Scene], guidance: float = GUIDANCE) -> list[np.ndarray]:
+def generate_captions(
+    pipe: Any, scenes: list[Scene], guidance: float = GUIDANCE, steps: int = STEPS
+) -> list[np.ndarray]:
     """Generate an image per caption; image i from the noise of seed i."""
     cases = [Case(str(item.index), item, Layout(item.caption), seed) for seed, item in enumerate(scenes)]
-    options: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": guidance}
+    options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
     if is_transformer(pipe):
         options["max_sequence_length"] = 0  # tokens for the third text encoder, which it does not have
     size = BATCH if pipe.device.type == "cpu" else BATCH_ON_GPU
@@ -251,7 +253,8 @@ Measured on held-out `basic` scenes by `python -m research.micro_base.report`
 
 {table(figures)}
 
-Errors of the scene reader, version {VERSION}, on generated images: docs/evaluation.md.
+Errors of the scene reader, version {VERSION}, on generated images: docs/evaluation.md. Why a stated relation
+is not followed: docs/log.md, measured by `python -m research.micro_base.word_use --relations`.
 
 Captions of one object (above each image the caption, below it what the scene reader found):
 

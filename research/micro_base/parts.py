@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,8 +17,9 @@ from research.micro_base.clip import new_clip, new_tokenizer, token_ids, train_c
 from research.micro_base.clock import ClockConfig
 from research.micro_base.data import TrainingScenes
 from research.micro_base.export import export, export_transformer, text_tower
-from research.micro_base.focus import make_focus
+from research.micro_base.focus import expected_latents, make_focus
 from research.micro_base.loop import LoopConfig, digest, read_weights
+from research.micro_base.roles import train_roles
 from research.micro_base.transformer import (
     encoder,
     load_teacher,
@@ -65,6 +67,20 @@ def load_clip(args: argparse.Namespace, tokenizer: CLIPTokenizer, words: bool = 
     return clip
 
 
+def load_text(args: argparse.Namespace, clip: CLIPModel, roles: bool = True) -> CLIPTextModel:
+    """Return the text encoder of the U-Net: the text tower of the CLIP, unless a part ``roles`` tuned a copy of it.
+
+    roles: with what this part trained in workdir.
+    """
+    text, given = text_tower(clip), args.continue_from
+    own = any((args.workdir / f"{part}.pt").exists() for part in ("clip", "words"))
+    if given is not None and not own:
+        text = CLIPTextModel.from_pretrained(given / "text_encoder", dtype=torch.float32).eval()
+    if roles and (args.workdir / "roles.pt").exists():
+        text.load_state_dict(read_weights(args.workdir / "roles.pt"))
+    return text
+
+
 def load(args: argparse.Namespace, data: TrainingScenes) -> tuple[CLIPTokenizer, CLIPModel, AutoencoderKL]:
     """Return tokenizer, CLIP and VAE in their latest state: from workdir, else from the base to continue from."""
     tokenizer = load_tokenizer(args)
@@ -95,12 +111,13 @@ def latents(args: argparse.Namespace, data: TrainingScenes) -> LatentCache:
     tokenizer, clip, vae = load(args, data)
     is_transformer = args.denoiser == "transformer"
     of = str((args.scenes, args.unet_scenes, *[args.denoiser] * is_transformer))
-    path = args.workdir / f"latents-{digest(of, vae.encoder, vae.quant_conv, clip.text_model)}.pt"
+    text = load_text(args, clip)
+    path = args.workdir / f"latents-{digest(of, vae.encoder, vae.quant_conv, text)}.pt"
     device = process_device(args.device)
     if is_transformer:
         encode = encoder(new_pipeline(vae, clip, tokenizer, new_transformer()).to(device))
     else:
-        encode = _last_states(text_tower(clip).to(device), tokenizer)
+        encode = _last_states(text.to(device), tokenizer)
     return latent_cache(data.basic.head(args.unet_scenes), vae.to(device), encode, tokenizer, path)
 
 
@@ -114,6 +131,13 @@ def build_words(args: argparse.Namespace, data: TrainingScenes) -> bool:
     config = LoopConfig(steps=args.words_steps, learning_rate=1.5e-3, warmup=50, weight_decay=0.0, minutes=args.minutes)
     captions = [caption for cache in data.both for caption in cache.captions]
     return train_words(load_clip(args, tokenizer, words=False), tokenizer, captions, config, args.workdir)
+
+
+def build_roles(args: argparse.Namespace, data: TrainingScenes) -> bool:
+    tokenizer = load_tokenizer(args)
+    text = load_text(args, load_clip(args, tokenizer), roles=False)
+    config = LoopConfig(steps=args.roles_steps, learning_rate=1.5e-3, warmup=50, weight_decay=0.0, minutes=args.minutes)
+    return train_roles(text, tokenizer, data.basic.captions, config, args.workdir)
 
 
 def check_patch(args: argparse.Namespace) -> None:
@@ -138,7 +162,10 @@ def build_unet(args: argparse.Namespace, data: TrainingScenes, started: float) -
     check_patch(args)
     recipe = Recipe(FLOW if args.denoiser == "transformer" else args.prediction_type, noisy=args.unet_noisy)
     cache, initial = latents(args, data), denoiser_weights(args, None)
-    focus = make_focus(len(cache.latents), args.workdir / f"objects-{len(cache.latents)}.pt", args.unet_mix)
+    count = len(cache.latents)
+    focus = make_focus(count, args.workdir / f"words-of-{count}.pt", args.unet_mix, args.unet_relations)
+    if args.unet_relations:
+        focus = replace(focus, expected=expected_latents(cache.latents, data.basic.captions[:count]))
     config: LoopConfig | ClockConfig
     if args.unet_minutes:
         seconds = started + 60 * args.unet_minutes - time.monotonic()
@@ -188,7 +215,7 @@ def build_export(args: argparse.Namespace, data: TrainingScenes) -> int:
         return export_transformer(args.output_dir, vae, clip, tokenizer, transformer)
     unet = new_unet()
     unet.load_state_dict(weights)
-    return export(args.output_dir, vae, clip, tokenizer, unet, args.prediction_type)
+    return export(args.output_dir, vae, clip, tokenizer, unet, args.prediction_type, load_text(args, clip))
 
 
 def build(args: argparse.Namespace) -> None:
@@ -205,6 +232,8 @@ def build(args: argparse.Namespace) -> None:
         train_clip(data.both, load_tokenizer(args), config, args.workdir)
     if "words" in args.parts:
         build_words(args, data)
+    if "roles" in args.parts:
+        build_roles(args, data)
     if "unet" in args.parts:
         build_unet(args, data, started)
     if "decoder" in args.parts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -12,13 +12,14 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 
-from localctl.diffusion import FLOW, add_noise, timesteps_from_uniform, training_target
+from localctl.diffusion import FLOW, DiffusionSample, add_noise, timesteps_from_uniform, training_target
 from localctl.seeding import key_seed
 from research.micro_base.focus import Focus, focus_loss, record_attention
 
 FOCUS_WEIGHT = 0.04
 FAR, NEAR = 0.25, 2.25  # weights of the error away from objects, and at objects
 SHAPES_FORM, PLACES_FORM = 190.0, 700.0  # from these timesteps on
+HIDDEN = 850  # from this timestep on, the noise hides the scene: abar < 7e-4
 TEXTURE = 0.06  # share of the timesteps below both; there abar > 0.7
 Record = TypeVar("Record")
 
@@ -193,8 +194,11 @@ class DenoiserLoss(ABC):
         # With much noise, the places of objects are not determined: a larger weight there would favour objects.
         settled = _fading(t, *self.settled)[:, None, None]
         weighted = (error * (1 + settled * (FAR + (NEAR - FAR) * near - 1))).mean((1, 2))
-        seen = _fading(t, *self.seen) * ~sampled.is_empty
-        attention, share = focus_loss(self.recorded, focus.masks[scenes].float(), focus.tokens[scenes], seen)
+        relations = focus.relations[scenes]
+        # A relation tells of places that the noise leaves open.
+        seen = torch.where(relations >= 0, 1.0, _fading(t, *self.seen)) * ~sampled.is_empty
+        masks, tokens = focus.masks[scenes].float(), focus.tokens[scenes]
+        attention, share = focus_loss(self.recorded, masks, tokens, relations, seen)
         loss = (weighted * weight).mean() + FOCUS_WEIGHT * attention
         objects = (error * near).sum() / near.sum().clamp(min=1)
         return {"loss": loss, "objects": objects, "attention": share}
@@ -226,9 +230,17 @@ class UNetLoss(DenoiserLoss):
         """Return output, target and weights, as the prediction type says."""
         t = sampled.timesteps
         sample = add_noise(latents, sampled.noise, t, self.alphas)
-        target = training_target(sample, self.alphas, self.recipe.prediction_type)
+        target = training_target(self._with_means(sample, sampled), self.alphas, self.recipe.prediction_type)
         output = self.unet(sample.noisy.to(self.dtype), t, states.to(self.dtype)).sample
         return output, target, self.weight[t]
+
+    def _with_means(self, sample: DiffusionSample, sampled: Sampled) -> DiffusionSample:
+        """Return the sample with the expected latents of its captions, where the noise hides the scene."""
+        if self.focus is None or not len(self.focus.expected):
+            return sample
+        hidden = ((sampled.timesteps >= HIDDEN) & ~sampled.is_empty)[:, None, None, None]
+        expected = self.focus.expected[sampled.scenes].float()
+        return replace(sample, latents=torch.where(hidden, expected, sample.latents))
 
     def release(self) -> None:
         """Set the attention processors that record nothing."""

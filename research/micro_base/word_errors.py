@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from localctl.diffusion import add_noise, encode, training_target
+from localctl.diffusion import add_noise, encode, predict_x0, training_target
 from localctl.images import to_pixels
 from localctl.metrics.bootstrap import Interval, bootstrap
 from localctl.micro.scenes import COLORS, SHAPES, Scene, article
@@ -42,8 +42,11 @@ def caption(item: Scene, **changes: str) -> str:
 
 
 @torch.no_grad()
-def errors(pipe: StableDiffusionPipeline, item: Scene, captions: Sequence[str], timestep: int) -> Tensor:
-    """Return the mean squared error of the U-Net's output for each caption, (captions,), with the same noise."""
+def predictions(
+    pipe: StableDiffusionPipeline, item: Scene, captions: Sequence[str], timestep: int
+) -> tuple[Tensor, Tensor]:
+    """Return the mean squared error of the U-Net's output for each caption, (captions,), with the same noise, and the
+    predicted clean latents (captions, 4, h, w)."""
     pixels = to_pixels(Image.fromarray(item.image))[None]
     latents = encode(pipe.vae, pixels)
     sampled = noise(latents.shape, 0, "words", item.index, timestep)
@@ -52,8 +55,11 @@ def errors(pipe: StableDiffusionPipeline, item: Scene, captions: Sequence[str], 
     target = training_target(sample, alphas, pipe.scheduler.config.prediction_type)
     options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
     states = pipe.text_encoder(pipe.tokenizer(list(captions), **options).input_ids)[0]  # (captions, 77, width)
-    output = pipe.unet(sample.noisy.expand(len(captions), -1, -1, -1), timestep, states).sample
-    return (output - target).square().mean((1, 2, 3))
+    noisy = sample.noisy.expand(len(captions), -1, -1, -1)
+    output = pipe.unet(noisy, timestep, states).sample
+    kind = pipe.scheduler.config.prediction_type
+    z0 = predict_x0(noisy, output, torch.full((len(captions),), timestep), alphas, kind)
+    return (output - target).square().mean((1, 2, 3)), z0
 
 
 def use_of_words(pipe: StableDiffusionPipeline, scenes: Sequence[Scene], timestep: int) -> dict[str, Use]:
@@ -61,7 +67,7 @@ def use_of_words(pipe: StableDiffusionPipeline, scenes: Sequence[Scene], timeste
     found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in WORDS}
     for item in tqdm(scenes, desc=f"t = {timestep}", unit="scene"):
         for kind, words in WORDS.items():
-            error = errors(pipe, item, [caption(item, **{kind: word}) for word in words], timestep)
+            error, _ = predictions(pipe, item, [caption(item, **{kind: word}) for word in words], timestep)
             own = words.index(getattr(item.objects[0], kind))
             wrong = (error.sum() - error[own]) / (len(words) - 1)
             found[kind].append((float(error.argmin() == own), float(wrong / error[own] - 1)))

@@ -60,7 +60,7 @@ def test_attention_written_out_is_attention() -> None:
 def test_the_loss_is_least_where_objects_see_their_own_words() -> None:
     masks = torch.zeros(1, 3, 16, 16)
     masks[0, 0, :8], masks[0, 1, 8:, :8] = 1, 1  # and a quarter is background
-    tokens, weight = torch.tensor([[2, 6, -1]]), torch.ones(1)
+    tokens, weight, none = torch.tensor([[2, 6, -1]]), torch.ones(1), torch.full((1,), -1)
 
     def attention(first: int, second: int) -> torch.Tensor:
         place = torch.zeros(1, 256, 10)
@@ -69,13 +69,13 @@ def test_the_loss_is_least_where_objects_see_their_own_words() -> None:
         place[0, ~(flat[0] | flat[1]), 9] = 1
         return place
 
-    right, share = focus_loss([attention(3, 6)], masks, tokens, weight)
+    right, share = focus_loss([attention(3, 6)], masks, tokens, none, weight)
     assert float(right) < 1e-3 and float(share) == 1
-    swapped, share = focus_loss([attention(6, 3)], masks, tokens, weight)
+    swapped, share = focus_loss([attention(6, 3)], masks, tokens, none, weight)
     assert float(swapped) > 5 and float(share) == 0
     everywhere = torch.zeros(1, 256, 10)
     everywhere[..., 2] = 1
-    astray, _ = focus_loss([everywhere], masks, tokens, weight)
+    astray, _ = focus_loss([everywhere], masks, tokens, none, weight)
     assert float(astray) > 5
-    none, _ = focus_loss([everywhere], masks, tokens, torch.zeros(1))
-    assert float(none) == 0
+    unseen, _ = focus_loss([everywhere], masks, tokens, none, torch.zeros(1))
+    assert float(unseen) == 0

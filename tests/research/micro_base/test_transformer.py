@@ -84,7 +84,8 @@ def focus() -> Focus:
     masks = torch.zeros(SCENES, 3, 16, 16)
     masks[:, 0, 4:9, 4:9] = 1
     tokens = torch.tensor([[2, -1, -1]]).expand(SCENES, -1)
-    return Focus(masks.half(), masks.amax(1).half(), tokens, torch.full((SCENES,), 1 / SCENES, dtype=torch.float64))
+    odds = torch.full((SCENES,), 1 / SCENES, dtype=torch.float64)
+    return Focus(masks.half(), masks.amax(1).half(), tokens, torch.full((SCENES,), -1), odds, torch.zeros(0))
 
 
 def inputs(rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

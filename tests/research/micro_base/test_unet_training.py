@@ -38,7 +38,8 @@ def focus() -> Focus:
     masks = torch.zeros(SCENES, 3, 16, 16)
     masks[:, 0, 4:9, 4:9] = 1
     tokens = torch.tensor([[2, -1, -1]]).expand(SCENES, -1)
-    return Focus(masks.half(), masks.amax(1).half(), tokens, torch.full((SCENES,), 1 / SCENES, dtype=torch.float64))
+    odds = torch.full((SCENES,), 1 / SCENES, dtype=torch.float64)
+    return Focus(masks.half(), masks.amax(1).half(), tokens, torch.full((SCENES,), -1), odds, torch.zeros(0))
 
 
 def test_blocks_of_several_processes_are_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

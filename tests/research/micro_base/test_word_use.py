@@ -7,7 +7,7 @@ from localctl.micro.scenes import COLORS, SHAPES
 from localctl.pipelines import BaseConfig, load_pipeline
 from research.harness import first_scenes
 from research.micro_base import word_errors
-from research.micro_base.word_errors import caption, errors, shares_of_words, use_of_words
+from research.micro_base.word_errors import caption, predictions, shares_of_words, use_of_words
 from research.micro_base.word_use import main
 
 
@@ -30,7 +30,7 @@ def test_colours_are_told_apart_and_a_base_that_ignores_text_is_detected(pipe, m
     scenes = first_scenes(6, lambda item: len(item.objects) == 1)
     use = use_of_words(pipe, scenes, 400)["color"]
     assert use.told_apart.value >= 0.5 and use.worse.value > 0.1
-    first = errors(pipe, scenes[0], [caption(scenes[0])] * 2, 400)
+    first, _ = predictions(pipe, scenes[0], [caption(scenes[0])] * 2, 400)
     assert first.shape == (2,) and torch.allclose(first[0], first[1], rtol=1e-4)
 
     forward = pipe.unet.forward
