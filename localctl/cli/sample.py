@@ -102,9 +102,7 @@ def new_parser(description: str | None = None, program: str = PROGRAM) -> Argume
     """Return the parser of all flags; dashes and underscores are equivalent. The namespace has only flags that were
     given."""
     parser = Arguments(program, description, argument_default=argparse.SUPPRESS)
-    parser.add_argument(
-        "--prompt", nargs="+", action="append", help='one or more prompts, each in quotes: "a red circle"'
-    )
+    parser.add_argument("--prompt", nargs="+", action="append", help='prompts, each in quotes: "a red circle"')
     parser.add_argument("--prompts_file", metavar="FILE", help="prompts, one per line, or a layout (JSON) per line")
     _add_adapter_flags(parser)
     add_addon_flags(parser)
