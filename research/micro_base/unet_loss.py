@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 
-from localctl.diffusion import FLOW, DiffusionSample, add_noise, timesteps_from_uniform, training_target
+from localctl.diffusion import FLOW, add_noise, timesteps_from_uniform, training_target
 from localctl.seeding import key_seed
 from research.micro_base.focus import Focus, focus_loss, record_attention
 
@@ -20,6 +20,7 @@ FOCUS_WEIGHT = 0.04
 FAR, NEAR = 0.25, 2.25  # weights of the error away from objects, and at objects
 SHAPES_FORM, PLACES_FORM = 190.0, 700.0  # from these timesteps on
 HIDDEN = 850  # from this timestep on, the noise hides the scene: abar < 7e-4
+MEAN_WEIGHT = 5.0  # of the error against a mean of scenes, which varies little: most of its gradient is signal
 TEXTURE = 0.06  # share of the timesteps below both; there abar > 0.7
 Record = TypeVar("Record")
 
@@ -230,17 +231,19 @@ class UNetLoss(DenoiserLoss):
         """Return output, target and weights, as the prediction type says."""
         t = sampled.timesteps
         sample = add_noise(latents, sampled.noise, t, self.alphas)
-        target = training_target(self._with_means(sample, sampled), self.alphas, self.recipe.prediction_type)
+        clean, weight = self._with_means(sample.latents, sampled)
+        target = training_target(replace(sample, latents=clean), self.alphas, self.recipe.prediction_type)
         output = self.unet(sample.noisy.to(self.dtype), t, states.to(self.dtype)).sample
-        return output, target, self.weight[t]
+        return output, target, self.weight[t] * weight
 
-    def _with_means(self, sample: DiffusionSample, sampled: Sampled) -> DiffusionSample:
-        """Return the sample with the expected latents of its captions, where the noise hides the scene."""
+    def _with_means(self, latents: Tensor, sampled: Sampled) -> tuple[Tensor, Tensor]:
+        """Return the latents to predict, expected ones where there are and the noise hides the scene, and weights."""
+        one = torch.ones_like(sampled.timesteps, dtype=torch.float32)
         if self.focus is None or not len(self.focus.expected):
-            return sample
-        hidden = ((sampled.timesteps >= HIDDEN) & ~sampled.is_empty)[:, None, None, None]
+            return latents, one
         expected = self.focus.expected[sampled.scenes].float()
-        return replace(sample, latents=torch.where(hidden, expected, sample.latents))
+        hidden = (sampled.timesteps >= HIDDEN) & ~sampled.is_empty & (expected != latents).flatten(1).any(1)
+        return torch.where(hidden[:, None, None, None], expected, latents), torch.where(hidden, MEAN_WEIGHT, one)
 
     def release(self) -> None:
         """Set the attention processors that record nothing."""

@@ -13,12 +13,13 @@ from research.harness import first_scenes
 from research.micro_base.__main__ import main
 from research.micro_base.clip import new_clip, new_tokenizer, token_ids
 from research.micro_base.export import export, text_tower
-from research.micro_base.focus import expected_latents, focus_loss, make_focus
+from research.micro_base.focus import Focus, expected_latents, focus_loss, make_focus
 from research.micro_base.loop import LoopConfig
 from research.micro_base.objects import roles_of
 from research.micro_base.relations import caption, changes, is_related, lines, places_of, probe, use_of_relations
 from research.micro_base.roles import train_roles, with_roles
-from research.micro_base.unet import new_unet
+from research.micro_base.unet import new_scheduler, new_unet
+from research.micro_base.unet_loss import LatentCache, Recipe, Sampled, UNetLoss
 from research.micro_base.vae import new_vae
 from research.micro_base.word_use import main as word_use
 from research.micro_base.words import word_directions
@@ -109,6 +110,25 @@ def test_expected_latents_are_the_mean_of_their_captions() -> None:
     expected = expected_latents(every, texts)
     assert float((expected[:600] - torch.stack(means)).square().mean()) < 0.3**2 / 5
     assert torch.equal(expected[600:], every[600:]), "other captions have no mean"
+
+
+def test_means_are_the_target_where_the_noise_hides_the_scene() -> None:
+    random = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 4, 16, 16, generator=random)
+    states = torch.randn(2, 77, 128, generator=random)
+    cache = LatentCache(latents, states, torch.tensor([1, 9]), torch.ones(2, dtype=torch.long))
+    expected = torch.stack([latents[0] * 0, latents[1]])  # the second scene has no mean
+    masks, odds = torch.ones(2, 3, 16, 16), torch.full((2,), 0.5)
+    focus = Focus(masks, masks.amax(1), torch.full((2, 3), -1), torch.full((2,), -1), odds, expected)
+    loss = UNetLoss(new_unet(), cache, new_scheduler().alphas_cumprod, Recipe(), focus)
+    no = torch.zeros(2, dtype=torch.bool)
+    for timestep, empty, means in ((900, no, [True, False]), (900, ~no, [False] * 2), (800, no, [False] * 2)):
+        sampled = Sampled(torch.arange(2), empty, torch.zeros_like(latents), torch.full((2,), timestep), no)
+        _, target, weight = loss.predict(latents, sampled, states)
+        own = -((1 - new_scheduler().alphas_cumprod[timestep]) ** 0.5) * latents
+        assert [bool(torch.allclose(t, torch.zeros_like(t))) for t in target] == means
+        assert all(torch.allclose(t, o, atol=1e-5) for t, o, mean in zip(target, own, means, strict=True) if not mean)
+        assert (weight > 1).tolist() == means
 
 
 def test_the_word_of_a_relation_is_one_of_the_first_objects() -> None:
