@@ -99,6 +99,8 @@ ROWS = {
         Row("plain_prompt", "plain T2I-Adapter, on the prompt's rows", True, "cover_prompt", "plain", PROMPT_ROWS),
         Row("full", "cover, trained with full masks", headline=True, against="cover"),
         Row("full_prompt", "cover, full masks, on the prompt's rows", True, "cover_prompt", "full", PROMPT_ROWS),
+        Row("best", "full masks, margin, on the prompt's rows (the default)", True, "cover", sampling=PROMPT_ROWS),
+        Row("best_edges", "the default + edges in the second half", True, "best", sampling=PROMPT_ROWS),
     )
 }
 
