@@ -52,11 +52,11 @@ FULL = """
   `color_in`, `object_in` or the CLIP score shows a loss; so does `unconditional_scale=0` if `full_prompt` against
   `cover` does. The claim of strong defaults is of what is the default then.
 - Added last, again before any test scene: `best`. It is `full_prompt` with the mask of the features grown by 8 pixels,
-  one cell of the latents (`mask_margin=8`), chosen on 120 validation scenes, where it gained 0.01 and 0.03 of control in
-  two trainings and left the leak at 0 ([log.md](log.md)). It becomes the default if the three conditions of strong
+  one cell of the latents (`mask_margin=8`), chosen on 120 validation scenes, where it gained 0.01 and 0.03 of control
+  in two trainings and left the leak at 0 ([log.md](log.md)). It becomes the default if the three conditions of strong
   defaults below hold for it with seeds 0, 1 and 2. This replaces the rule above, by which no interval may show a loss:
-  such a rule allows no price at all, so that no stronger control could ever pass it with enough scenes, and the
-  conditions below are what was asked for. What `best` costs against `cover` is the first line of this page.
+  with enough scenes no stronger control could pass it, as it allows no price at all, and the conditions below state
+  the price that was accepted from the start. What `best` costs against `cover` stands above.
 - `best` is the same training as `full` and as the plain T2I-Adapter, bit for bit, for masks of the whole image hide
   nothing: seeds 0 and 1 go on from their checkpoints, seed 2 was trained once for all. So the cost of the mask is that
   for the same weights. `best_edges` adds the local term in the second half, on whole images, with a weight of 0.3.
