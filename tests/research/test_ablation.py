@@ -46,7 +46,7 @@ CHANGES = {
     "cover": {"adapter.mask_resize": "cover"},
     "full": FULL,
     "best": BEST,
-    "best_edges": BEST | EDGES | {"loss.weight": 0.3, "loss.start": 0.5},
+    "best_edges": BEST | {"loss.filter": "edges", "loss.schedule": "low_noise", "loss.start": 0.5},
     "cover_edges": {"adapter.mask_resize": "cover", **EDGES},
     "cover_edges_late": {"adapter.mask_resize": "cover", **EDGES, "loss.start": 0.5},
     "cover_edges_strong": {"adapter.mask_resize": "cover", **EDGES, "loss.weight": 0.5},
