@@ -57,8 +57,8 @@ FULL = """
   defaults below hold for it with seeds 0, 1 and 2. This replaces the rule above, by which no interval may show a loss:
   with enough scenes no stronger control could pass it, as it allows no price at all, and the conditions below state
   the price that was accepted from the start. What `best` costs against `cover` stands above.
-- Added when `best` had missed one of the three conditions on the test scenes, and before `best_all` was generated there:
-  the same adapters sampled on all rows become the default by the rule of `full`, if they pass it.
+- Added when `best` had missed one of the three conditions on the test scenes, and before `best_all` was generated
+  there: the same adapters sampled on all rows become the default by the rule of `full`, if they pass it.
 - `best` is the same training as `full` and as the plain T2I-Adapter, bit for bit, for masks of the whole image hide
   nothing: seeds 0 and 1 go on from their checkpoints, seed 2 was trained once for all. So the cost of the mask is that
   for the same weights. `best_edges` adds the local term in the second half, on whole images, with a weight of 0.3.
