@@ -28,7 +28,7 @@ from research.harness import Result, as_rows, write_result
 
 EDGES = {"loss.filter": "edges", "loss.schedule": "low_noise", "loss.weight": 0.1}
 FULL = {"adapter.mask_resize": "cover", "proportion_full_masks": 1.0}
-BEST = FULL | {"adapter.mask_margin": 8, "adapter.unconditional_scale": 0.0}
+BEST = FULL | {"adapter.mask_margin": 8}
 # what each row changes of `feature_masked`
 CHANGES = {
     "feature_masked": {},

@@ -153,14 +153,14 @@ def test_level_weights_are_set_or_taken_over_and_checked_before_the_base_is_read
         plan_adapter(tiny_settings(sd_folder, tmp_path, adapter=AdapterConfig(level_weights=(1.0, 2.0))))
 
 
-def test_the_base_says_how_its_adapters_are_masked_and_take_part_in_guidance(sd_folder, tmp_path):
+def test_an_adapter_takes_its_part_in_guidance_from_the_settings_and_its_masks_from_the_base(sd_folder, tmp_path):
     def scale(**options):
         return plan_adapter(tiny_settings(sd_folder, tmp_path, **options)).options["unconditional_scale"]
 
     assert scale() == 1 and scale(adapter=AdapterConfig(unconditional_scale=0.5)) == 0.5
     micro, sd15 = BASES["micro"], TrainSettings(base=BaseConfig(name="sd15"))
     assert asdict(TrainSettings().adapter) == asdict(AdapterConfig()) | micro.adapter | MASKING
-    assert micro.adapter["unconditional_scale"] == 0 and micro.adapter["mask_resize"] == "cover"
+    assert micro.adapter["mask_margin"] and micro.adapter["mask_resize"] == "cover"
     assert sd15.adapter.filled(**micro.adapter) == sd15.adapter  # none is open, and none as here
     assert (sd15.adapter.mask_resize, sd15.adapter.mask_margin, sd15.adapter.unconditional_scale) == ("area", 0, 1)
     assert (TrainSettings().proportion_full_masks, sd15.proportion_full_masks) == (1, 0)

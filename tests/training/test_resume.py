@@ -124,12 +124,11 @@ def test_a_setting_that_did_not_exist_yet_had_its_default():
 def test_a_run_of_an_earlier_version_goes_on_with_its_own_defaults():
     before = described()["settings"]
     before["adapter"] = {**before["adapter"], "mask_resize": "nearest"}
-    del before["adapter"]["mask_margin"], before["adapter"]["unconditional_scale"], before["proportion_full_masks"]
+    del before["adapter"]["mask_margin"], before["proportion_full_masks"]
     said = logged()
     found = as_earlier(TrainSettings(), {"settings": before})
     assert setting_changes(before, recorded(found)) == []
-    kept = found.adapter.mask_resize, found.adapter.mask_margin, found.adapter.unconditional_scale
-    assert (*kept, found.proportion_full_masks) == ("nearest", 0, 1, 0)
+    assert (found.adapter.mask_resize, found.adapter.mask_margin, found.proportion_full_masks) == ("nearest", 0, 0)
     assert any(
         "proportion_full_masks=0.0, as in the checkpoint, which is of an earlier version" in line for line in said
     )
