@@ -13,14 +13,14 @@ from diffusers import ConfigMixin, ModelMixin, T2IAdapter
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from localctl.masks import MASK_RESIZE, mask_feature
+from localctl.masks import MASK_RESIZE, grow_mask, mask_feature
 from localctl.settings import ADAPTER_TYPES
 from localctl.sizes import shown
 from localctl.token_adapter import TokenAdapter
 
 TOKENS, TOKEN_WIDTH = "token_adapter", 384  # the type of adapters for transformers, and its default width
 # Bounds on the modules that an untrusted config can build. Published adapters have up to 8e7 weights in 4 or 5 levels.
-MAX_WEIGHTS, MAX_LEVELS, MAX_BLOCKS, MAX_FACTOR = 500_000_000, 8, 64, 64
+MAX_WEIGHTS, MAX_LEVELS, MAX_BLOCKS, MAX_FACTOR, MAX_MARGIN = 500_000_000, 8, 64, 64, 4096
 
 
 class LocalAdapter(ModelMixin, ConfigMixin):
@@ -46,6 +46,8 @@ class LocalAdapter(ModelMixin, ConfigMixin):
             and sampling use the same. None: all 1.
         latent_channels: of a ``token_adapter`` that gets the condition as latents of the base's VAE, their channels;
             0: it gets pixels. latent_factor: pixels per latent. See :meth:`inputs`.
+        mask_margin: by how many pixels the mask is grown before it masks the features, so that they also see what is
+            around its border. The condition is not affected (``mask_condition``).
         unconditional_scale: factor of the features on the rows of the negative prompt, the default when sampling
             (:class:`~localctl.control.LocalAdapterControl`); training does not use it.
         condition: how conditions were made in training (``kind`` and its options), the default when sampling.
@@ -76,6 +78,7 @@ class LocalAdapter(ModelMixin, ConfigMixin):
         latent_channels: int = 0,
         latent_factor: int = 8,
         unconditional_scale: float = 1.0,
+        mask_margin: int = 0,
     ) -> None:
         super().__init__()
         check_shape(in_channels, channels, num_res_blocks, downscale_factor, adapter_type, token_width)
@@ -89,6 +92,7 @@ class LocalAdapter(ModelMixin, ConfigMixin):
                 raise ValueError(
                     f"level_weights must be finite numbers of at least 0, one per level, not {level_weights!r}."
                 )
+        check_margin(mask_margin, mask_features)
         if not is_finite(unconditional_scale):
             raise ValueError(f"unconditional_scale must be a finite number, not {shown(unconditional_scale)}.")
         if adapter_type == TOKENS:
@@ -165,7 +169,8 @@ class LocalAdapter(ModelMixin, ConfigMixin):
         joined = torch.cat([condition, mask], dim=1) if tokens and not channels else condition
         features = list(self.adapter(joined))
         if self.config["mask_features"]:
-            features = [mask_feature(f, mask, self.config["mask_resize"]) for f in features]
+            grown = grow_mask(mask.float(), self.config["mask_margin"])
+            features = [mask_feature(f, grown, self.config["mask_resize"]) for f in features]
         weights = self.config["level_weights"]
         if weights is None:
             return features
@@ -277,6 +282,14 @@ def check_latents(latent_channels: Any, latent_factor: Any, downscale_factor: in
         )
 
 
+def check_margin(margin: Any, mask_features: Any = True) -> None:
+    """Raise a ValueError unless ``margin`` is a number of pixels by which an adapter's mask can be grown."""
+    if type(margin) is not int or not 0 <= margin <= MAX_MARGIN:
+        raise ValueError(f"mask_margin must be a whole number of pixels from 0 to {MAX_MARGIN}, not {shown(margin)}.")
+    if margin and not mask_features:
+        raise ValueError(f"mask_margin={margin} grows the mask of the features, and mask_features is false; set 0.")
+
+
 def check_level_weights(weights: Sequence[float] | None, levels: int) -> None:
     """Raise a ValueError unless ``weights`` is None or has one weight for each level of features."""
     if weights is not None and len(weights) != levels:
@@ -300,5 +313,6 @@ OPTIONS = (  # what a T2IAdapter does not have
     "latent_channels",
     "latent_factor",
     "unconditional_scale",
+    "mask_margin",
 )
 ADAPTERS: dict[str, Any] = {"LocalAdapter": LocalAdapter, "T2IAdapter": T2IAdapter}

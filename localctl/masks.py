@@ -44,6 +44,14 @@ def resize_mask(mask: Tensor, size: tuple[int, int], mode: str = "area") -> Tens
     return F.interpolate(mask, size=size, mode=mode)
 
 
+def grow_mask(mask: Tensor, margin: int) -> Tensor:
+    """Return ``mask`` (B,1,H,W), grown by ``margin`` pixels in rows and columns: the maximum near each pixel."""
+    if not margin:
+        return mask
+    rows, columns = (min(margin, side - 1) for side in mask.shape[-2:])
+    return F.max_pool2d(F.max_pool2d(mask, (2 * rows + 1, 1), 1, (rows, 0)), (1, 2 * columns + 1), 1, (0, columns))
+
+
 def mask_feature(feature: Tensor, mask: Tensor, mode: str = "area") -> Tensor:
     """Multiply ``feature`` (B,c,h,w) by ``mask`` (B,1,H,W), resized to (h, w) as by :func:`resize_mask`."""
     cells = resize_mask(mask.float(), (feature.shape[-2], feature.shape[-1]), mode).to(feature.dtype)  # (B,1,h,w)

@@ -43,6 +43,37 @@ def test_features_are_masked_at_their_own_size(make_adapter: MakeAdapter, size: 
         height, width = (height + 1) // 2, (width + 1) // 2  # as the U-Net halves
 
 
+def test_features_see_a_margin_around_the_mask_and_nothing_beyond(make_adapter: MakeAdapter, tmp_path: Path) -> None:
+    mask = torch.zeros(1, 1, 64, 96)
+    mask[..., 20:30, 40:52] = 1
+    grown = torch.zeros_like(mask)
+    grown[..., 15:35, 35:57] = 1
+    condition = torch.rand(1, 1, 64, 96)
+    make_adapter(mask_margin=5, mask_resize="cover").save_pretrained(tmp_path)
+    adapter, plain = LocalAdapter.from_pretrained(tmp_path), make_adapter(mask_resize="cover")
+    assert adapter.config["mask_margin"] == 5 and plain.config["mask_margin"] == 0
+    pairs = [(mask, grown), (torch.zeros_like(mask), torch.zeros_like(mask)), (torch.ones_like(mask),) * 2]
+    for given, seen in [*pairs, (mask / 2, grown / 2)]:
+        found, wanted = (a(torch.cat([condition, m], dim=1)) for a, m in ((adapter, given), (plain, seen)))
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    whole = make_adapter(mask_margin=4096)(torch.cat([condition, mask], dim=1))  # more than the image
+    assert all(torch.equal(a, b) for a, b in zip(whole, plain.adapter(condition), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mask_margin": -1}, "mask_margin must be a whole number of pixels from 0 to 4096, not -1"),
+        ({"mask_margin": 1.5}, "whole number of pixels .*, not 1.5"),
+        ({"mask_margin": True}, "whole number of pixels .*, not True"),
+        ({"mask_margin": 2, "mask_features": False}, "grows the mask of the features, and mask_features is false"),
+    ],
+)
+def test_margins_without_sense_are_refused(make_adapter: MakeAdapter, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_adapter(**options)
+
+
 def test_nothing_passes_outside_even_if_features_overflow(make_adapter: MakeAdapter) -> None:
     adapter = make_adapter()
     adapter.adapter.adapter.conv_in.bias.fill_(float("inf"))
@@ -190,7 +221,7 @@ def test_adapters_saved_before_these_options_are_as_they_were(make_adapter: Make
     adapter = make_adapter(mask_condition=True)
     adapter.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    for name in ("dim_condition", "level_weights", "unconditional_scale"):
+    for name in ("dim_condition", "level_weights", "unconditional_scale", "mask_margin"):
         assert name in config
         del config[name]
     (tmp_path / "config.json").write_text(json.dumps(config))

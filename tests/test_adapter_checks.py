@@ -58,6 +58,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"base": 15}, "base must be the name"),
     ({"mask_resize": ["area"]}, "mask_resize must be one of area"),
     ({"unconditional_scale": "0"}, "unconditional_scale must be a number, not '0'"),
+    ({"mask_margin": 10**9}, "mask_margin must be a whole number of pixels from 0 to 4096, not 1000000000"),
     ({"mask_features": "yes"}, "mask_features must be true or false"),
 ]
 

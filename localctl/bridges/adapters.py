@@ -201,6 +201,8 @@ def _lost(adapter: LocalAdapter) -> tuple[str, ...]:
         notes.append("It was trained with conditions that are black outside the mask: blank yours there, too.")
     if not config["mask_features"]:
         notes.append("It is a baseline whose features are not masked: use it without a mask.")
+    if config["mask_margin"]:
+        notes.append(f"It is made for a mask grown by {config['mask_margin']} pixels: grow yours where you use it.")
     if config["level_weights"] is not None and set(config["level_weights"]) != {1}:
         weights = ", ".join(f"{weight:g}" for weight in config["level_weights"])
         notes.append(

@@ -27,7 +27,8 @@ from localctl.training.large_bases import check_package
 from localctl.training.settings import MASKING, AdapterConfig, TrainSettings
 
 logger = logging.getLogger(__name__)
-OF_SETTINGS = ("mask_resize", *MASKING)
+# Of adapters that continue another one, with the defaults of LocalAdapter.
+OF_SETTINGS = {"mask_resize": "area", **MASKING, "mask_margin": 0}
 TOKEN_LEVELS = 8  # blocks of a transformer that get a residual
 
 
@@ -86,6 +87,7 @@ def continued(settings: TrainSettings) -> TrainSettings:
     if saved is None:
         return settings
     settings = replace(settings, adapter=_masked(settings, saved))
+    settings.proportion_full_masks = settings.full_masks(settings.base_defaults)
     levels = saved.config.get("level_weights")
     before = _of(saved) | {"level_weights": levels and tuple(levels)} if saved.local else {}
     was = {f"adapter.{name}": value for name, value in before.items()}
@@ -126,15 +128,16 @@ def _masked(settings: TrainSettings, saved: SavedAdapter | None) -> AdapterConfi
         own = _of(saved)
         if settings.adapter.mask_condition is False:
             own["dim_condition"] = False  # of no use without it
+        if settings.adapter.mask_features is False:
+            own["mask_margin"] = 0  # of no use without it
         return settings.adapter.filled(**own)
-    return settings.adapter.filled(mask_resize=settings.base_defaults.mask_resize, **MASKING)
+    return settings.adapter.of_new(settings.base_defaults)
 
 
 def _of(saved: SavedAdapter) -> dict[str, Any]:
     """Return ``OF_SETTINGS`` of a LocalAdapter; of an earlier version, some may be missing from its config."""
     own = {name: saved.config.get(name) for name in OF_SETTINGS}
-    missing = {"mask_resize": "area", **MASKING}  # defaults of LocalAdapter
-    return {name: missing[name] if value is None else value for name, value in own.items()}
+    return {name: OF_SETTINGS[name] if value is None else value for name, value in own.items()}
 
 
 def _latents(space: ConditionSpace | None, saved: SavedAdapter | None, shape: BaseShape) -> dict[str, int]:

@@ -121,7 +121,7 @@ def batches_of(source: Source, state: TrainState) -> AbstractContextManager[Iter
         world_size=accelerator.num_processes,
     )
     return loading(
-        MaskedSamples(source, settings.mask, settings.seed, settings.proportion_full_masks),
+        MaskedSamples(source, settings.mask, settings.seed, settings.proportion_full_masks or 0),
         settings.workers,
         batch_sampler=sampler,
         collate_fn=collate,

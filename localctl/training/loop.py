@@ -27,6 +27,7 @@ from localctl.signals import Interrupt
 from localctl.training.adapter_plan import continued
 from localctl.training.checkpoints import check_writable, read_manifest
 from localctl.training.data import DataWatch, batches_of, has_own_masks, next_batch, open_sources, shared_quarantine
+from localctl.training.earlier import as_earlier
 from localctl.training.encoded import EncodedSource, describe_encoded, not_needed, plain
 from localctl.training.events import Events, Scorer
 from localctl.training.export import ADAPTER, check_hub, write_settings
@@ -98,6 +99,8 @@ def _load(
 ) -> tuple[TrainState, Source, Source | None]:
     """Load the state, the training data and the held-out data of a run."""
     checkpoint = folder.find_checkpoint(settings.resume_from_checkpoint, settings.overwrite_output_dir)
+    manifest = None if checkpoint is None else read_manifest(checkpoint)
+    settings = settings if manifest is None else as_earlier(settings, manifest["info"])
     train, val, sizes = open_sources(settings, accelerator, folder.path)
     settings = bound_steps(settings, len(train), accelerator.num_processes)
     with working(f"training: loading {settings.base.name}", shown=accelerator.is_main_process):
@@ -117,7 +120,6 @@ def _load(
         settings, plain(train), base, world_size=accelerator.num_processes, precision=accelerator.mixed_precision
     )
     describe_encoded(state.info, train, absent)
-    manifest = None if checkpoint is None else read_manifest(checkpoint)
     state.info[FIRST_LOCAL] = first_local_step(settings, manifest and manifest["info"])
     if checkpoint is not None and manifest is not None:
         check_unchanged(manifest["info"], state.info, force=settings.force_resume)

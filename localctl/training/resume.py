@@ -23,6 +23,7 @@ from localctl.data.fingerprint import COUNT, NAMES
 from localctl.data.sample import Source
 from localctl.files import sha256, sha256_of_json
 from localctl.redaction import MASKED, flat, recorded
+from localctl.training.earlier import EARLIER
 from localctl.training.large_bases import is_absent
 from localctl.training.schedule import FIRST_LOCAL, section
 from localctl.training.settings import TrainSettings
@@ -194,7 +195,7 @@ def setting_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
 
 def _compared(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Map each setting of ``new`` to its value in ``old`` (or its default) and in ``new``."""
-    defaults = flat(recorded(TrainSettings()))
+    defaults = flat(recorded(TrainSettings())) | EARLIER
     return {key: (old.get(key, defaults.get(key)), value) for key, value in new.items()}
 
 

@@ -9,23 +9,23 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
+from localctl.base_specs import OF_ADAPTER
 from localctl.bases import BaseConfig, BaseSpec, SchedulerName, defaults_of
 from localctl.cluster import available_cpus
 from localctl.data.config import DataConfig
 from localctl.records import Decay, Finite, NotNegative, Positive, Rate, Share, record
 from localctl.settings import (
     EDGE_CONDITIONS,
-    AdapterType,
     ConditionConfig,
-    ConditionSpace,
     LossConfig,
     MaskConfig,
-    MaskResize,
     Quantization,
     ReportTo,
     TimestepSampling,
     check_own_guidance,
 )
+from localctl.training.adapter_settings import MASKING as MASKING
+from localctl.training.adapter_settings import AdapterConfig as AdapterConfig
 from localctl.training.watch_settings import EarlyStoppingConfig as EarlyStoppingConfig
 from localctl.training.watch_settings import ValidationConfig as ValidationConfig
 from localctl.training.watch_settings import WandbConfig as WandbConfig
@@ -57,62 +57,6 @@ ALIASES = {
     "tracker_project_name": "wandb.project",
 }
 FREE_GROUPS = {"base": "base.name", "data": "data.name"}
-# What null stands for in an adapter that continues no other one of ours.
-MASKING = {"mask_condition": False, "mask_features": True, "dim_condition": False, "unconditional_scale": 1.0}
-
-
-@record("adapter")
-@dataclass(kw_only=True)
-class AdapterConfig:
-    """Shape of the inner T2I-Adapter, and how its features are masked (``LocalAdapter`` documents each option).
-
-    null: as in the adapter to continue from, or else what fits the base: ``full_adapter`` for SD 1.x and 2.x,
-    ``full_adapter_xl`` for SDXL, the U-Net's channels, 2 residual blocks, downscale factor 8 (SDXL: 16); a
-    ``token_adapter`` for transformers.
-
-    adapter_type: full_adapter, full_adapter_xl or light_adapter, or token_adapter for transformers; null = what fits
-        the base.
-    channels: of each feature level, like [320, 640, 1280, 1280]; null = the U-Net's, or for a transformer its width, 8
-        times, for as many blocks.
-    num_res_blocks: residual blocks per level; null = 2, or 1 of a token_adapter.
-    downscale_factor: pixels per cell of the finest level; null = 8 (SDXL: 16), or the side of a token.
-    token_width: channels of a token_adapter between its patches and its residuals; null = 384.
-    condition_space: how a token_adapter gets the condition, as pixels or as latents of the base's VAE; null = pixels.
-    mask_resize: how the mask is resized to each feature map's grid: area, nearest, inside or cover; null = the base's
-        own.
-    mask_condition: also blank the condition outside the mask; null = false.
-    mask_features: multiply every feature map by the mask; false = a plain T2I-Adapter; null = true.
-    dim_condition: with mask_condition, a soft mask dims the condition, as published, instead of blanking it outside;
-        null = false.
-    level_weights: a factor of each level's features, finest first; null = all 1.
-    unconditional_scale: factor of the features beside the negative prompt when images are generated, saved with the
-        adapter; 0 = control is stronger, the prompt weaker; null = 1.
-    """
-
-    adapter_type: AdapterType | None = None
-    channels: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
-    num_res_blocks: Positive | None = None
-    downscale_factor: Positive | None = None
-    token_width: Positive | None = None
-    condition_space: ConditionSpace | None = None
-    mask_resize: MaskResize | None = None
-    mask_condition: bool | None = None
-    mask_features: bool | None = None
-    dim_condition: bool | None = None
-    level_weights: tuple[Rate, ...] | None = None
-    unconditional_scale: Finite | None = None
-
-    def __post_init__(self) -> None:
-        if self.dim_condition and self.mask_condition is False:
-            raise ValueError(
-                "adapter.dim_condition has no effect unless the condition is masked; set adapter.mask_condition."
-            )
-        if self.level_weights is not None and not any(self.level_weights):
-            raise ValueError("adapter.level_weights are all 0, so the adapter would have no effect; set one above 0.")
-
-    def filled(self, **values: Any) -> AdapterConfig:
-        """Return the settings with these in the place of null."""
-        return replace(self, **{name: value for name, value in values.items() if getattr(self, name) is None})
 
 
 @record()
@@ -165,6 +109,8 @@ class TrainSettings:
     proportion_empty_prompts: share of the captions that are replaced by an empty prompt.
     proportion_full_masks: share of the samples whose mask, sampled or of the data, is replaced by one of the whole
         image, in training alone: the features learn more from each image, and are masked when images are generated.
+        null = the base's own, 1 for micro, 0 for others; also 0 where the mask is more than a factor of the features
+        (adapter.mask_condition, loss.mask_denoising, loss.masked_denoising_weight).
     timestep_sampling: distribution of the timesteps: uniform; cubic, which prefers noisy ones as published; or
         logit_normal, which prefers those in the middle; null = the base's own, uniform for micro and pixart,
         logit_normal for flow matching and cubic for others.
@@ -234,7 +180,7 @@ class TrainSettings:
     adam_epsilon: Rate = 1e-8
     max_grad_norm: float | None = 1.0
     proportion_empty_prompts: Share = 0.1
-    proportion_full_masks: Share = 0.0
+    proportion_full_masks: Share | None = None
     timestep_sampling: TimestepSampling | None = None
     logit_mean: Finite = 0.0
     logit_std: Annotated[float, Field(gt=0)] = 1.0
@@ -293,15 +239,26 @@ class TrainSettings:
         if self.timestep_sampling is None:
             self.timestep_sampling = own.timestep_sampling
         if self.adapter_model_name_or_path is None:  # else that adapter decides (adapter_plan.continued)
-            self.adapter = self.adapter.filled(mask_resize=own.mask_resize)
+            self.adapter = self.adapter.of_new(own)
+            self.proportion_full_masks = self.full_masks(own)
         seen, scored = self.validation, self.early_stopping
         self.validation = replace(seen, **_sampling(own, seen.guidance_scale, seen.scheduler))
         self.early_stopping = replace(scored, **_sampling(own, scored.guidance_scale, scored.scheduler))
 
+    def full_masks(self, own: BaseSpec) -> float:
+        """Return ``proportion_full_masks``, or what null stands for on a base."""
+        if self.proportion_full_masks is not None:
+            return self.proportion_full_masks
+        adapter, loss = self.adapter, self.loss
+        plain = adapter.mask_features and not adapter.mask_condition
+        weighted = loss.mask_denoising or loss.masked_denoising_weight != 1
+        return own.proportion_full_masks if plain and not weighted else 0.0
+
     def completed(self) -> TrainSettings:
         """Return the settings with the defaults of a base whose files had yet to be fetched."""
         shown = [(part.guidance_scale, part.scheduler) for part in (self.validation, self.early_stopping)]
-        masked = self.adapter.mask_resize or self.adapter_model_name_or_path
+        taken = (*(getattr(self.adapter, name) for name in OF_ADAPTER), self.proportion_full_masks)
+        masked = self.adapter_model_name_or_path or None not in taken or None
         if None not in (self.timestep_sampling, masked, *shown[0], *shown[1]):
             return self
         found = replace(self)

@@ -99,6 +99,9 @@ ROWS = {
         Row("plain_prompt", "plain T2I-Adapter, on the prompt's rows", True, "cover_prompt", "plain", PROMPT_ROWS),
         Row("full", "cover, trained with full masks", headline=True, against="cover"),
         Row("full_prompt", "cover, full masks, on the prompt's rows", True, "cover_prompt", "full", PROMPT_ROWS),
+        Row("best_all", "cover, full masks, margin 8", True, "cover", "best"),
+        Row("best", "cover, full masks, margin 8, on the prompt's rows", True, "cover", sampling=PROMPT_ROWS),
+        Row("best_edges", "the same + edges in the second half", True, "best", sampling=PROMPT_ROWS),
     )
 }
 

@@ -13,8 +13,10 @@ from training_helpers import silent_run, tiny_settings
 
 from localctl.adapter import LocalAdapter
 from localctl.adapter_files import find_adapter
+from localctl.base_specs import BASES
 from localctl.bases import BaseConfig
 from localctl.conditions import ConditionConfig
+from localctl.settings import LossConfig
 from localctl.training.adapter_plan import continued, plan_adapter
 from localctl.training.models import load_models
 from localctl.training.resume import is_free
@@ -58,6 +60,7 @@ def test_continues_from_a_run_of_ours(make_adapter, sd_folder, tmp_path):
 
 def test_what_is_left_open_is_as_in_the_adapter_to_continue_from(make_adapter, published, sd_folder, tmp_path):
     own = {"mask_resize": "inside", "mask_condition": True, "dim_condition": True, "unconditional_scale": 0.0}
+    own["mask_margin"] = 3
     levels = (0.5, 1.0, 1.0, 2.0)
     make_adapter(**own, level_weights=levels, condition=asdict(ConditionConfig(kind="sobel"))).save_pretrained(
         tmp_path / "run" / "adapter"
@@ -79,16 +82,18 @@ def test_what_is_left_open_is_as_in_the_adapter_to_continue_from(make_adapter, p
         "run", adapter=AdapterConfig(**changed, level_weights=levels), condition=ConditionConfig(kind="canny", low=10)
     )
     config = run.state.models.plain_adapter.config
+    changed["mask_margin"] = 0  # of no use to features that are not masked
     assert {name: config[name] for name in own | changed} == own | changed
     notes = "\n".join(line for line in said if "from here on" in line)
     for line in (
         "adapter.mask_resize=nearest from here on; the adapter .* has inside",
         "adapter.mask_features=false from here on; the adapter .* has true",
         "adapter.unconditional_scale=1.0 from here on; the adapter .* has 0.0",
+        "adapter.mask_margin=0 from here on; the adapter .* has 3",
         "condition=canny from here on; the adapter .* has sobel",
     ):
         assert re.search(line, notes), line
-    assert len(notes.splitlines()) == 4
+    assert len(notes.splitlines()) == 5
     whole = continued(replace(run.settings, adapter=AdapterConfig(mask_condition=False))).adapter
     assert (whole.mask_condition, whole.dim_condition) == (False, False)  # which would have no effect
     run.folder.release()
@@ -153,9 +158,27 @@ def test_an_adapter_takes_its_part_in_guidance_from_the_settings_and_its_masks_f
         return plan_adapter(tiny_settings(sd_folder, tmp_path, **options)).options["unconditional_scale"]
 
     assert scale() == 1 and scale(adapter=AdapterConfig(unconditional_scale=0.5)) == 0.5
-    assert asdict(TrainSettings().adapter) == asdict(AdapterConfig()) | {"mask_resize": "cover", **MASKING}
-    assert TrainSettings(base=BaseConfig(name="sd15")).adapter.mask_resize == "area"
+    micro, sd15 = BASES["micro"], TrainSettings(base=BaseConfig(name="sd15"))
+    assert asdict(TrainSettings().adapter) == asdict(AdapterConfig()) | micro.adapter | MASKING
+    assert micro.adapter["mask_margin"] and micro.adapter["mask_resize"] == "cover"
+    assert sd15.adapter.filled(**micro.adapter) == sd15.adapter  # none is open, and none as here
+    assert (sd15.adapter.mask_resize, sd15.adapter.mask_margin, sd15.adapter.unconditional_scale) == ("area", 0, 1)
+    assert (TrainSettings().proportion_full_masks, sd15.proportion_full_masks) == (1, 0)
     assert is_free("adapter.unconditional_scale")  # a checkpoint without it can be resumed
+
+
+def test_masks_that_do_more_than_mask_features_are_those_of_the_settings():
+    for changes in (
+        {"adapter": AdapterConfig(mask_condition=True)},
+        {"adapter": AdapterConfig(mask_features=False)},
+        {"loss": LossConfig(mask_denoising=True)},
+        {"loss": LossConfig(masked_denoising_weight=3)},
+    ):
+        assert TrainSettings(**changes).proportion_full_masks == 0
+        assert TrainSettings(**changes, proportion_full_masks=0.5).proportion_full_masks == 0.5
+    assert TrainSettings(adapter=AdapterConfig(mask_features=False)).adapter.mask_margin == 0
+    with pytest.raises(ValueError, match="adapter.mask_margin=2 grows the mask of the features, and .* is false"):
+        AdapterConfig(mask_margin=2, mask_features=False)
 
 
 def test_the_adapter_says_how_its_condition_is_computed(sd_folder, tmp_path):

@@ -27,10 +27,10 @@ NAMES = ("loss", "denoising", "local_raw", "learning_rate", "grad_norm")
 
 
 def train(folder: Path) -> None:
-    """The default run, except for its length, its size and the mask on coarse grids, in float32 on one thread."""
+    """The default run, except for its length, its size and its masks, in float32 on one thread."""
     settings = TrainSettings(
-        base=BaseConfig(name="micro"), adapter=AdapterConfig(mask_resize="area"), data=DataConfig(count=20),
-        output_dir=str(folder), max_train_steps=50,
+        base=BaseConfig(name="micro"), data=DataConfig(count=20), output_dir=str(folder), max_train_steps=50,
+        adapter=AdapterConfig(mask_resize="area", mask_margin=0), proportion_full_masks=0.0,
         train_batch_size=1, lr_warmup_steps=10, logging_steps=1, validation_steps=0, checkpointing_steps=0,
         report_to="none", mixed_precision="no",
     )  # fmt: skip

@@ -9,8 +9,9 @@ from training_helpers import silent_run, tiny_settings
 
 from localctl.cli.config import schema_keys
 from localctl.data import MicroScenes
-from localctl.redaction import MASKED, FromEnvironment
+from localctl.redaction import MASKED, FromEnvironment, recorded
 from localctl.training.checkpoints import verify_checkpoint
+from localctl.training.earlier import as_earlier
 from localctl.training.resume import (
     FREE,
     changes,
@@ -19,6 +20,7 @@ from localctl.training.resume import (
     data_fingerprint,
     describe,
     is_free,
+    setting_changes,
     weights_fingerprint,
 )
 from localctl.training.schedule import first_local_step
@@ -117,6 +119,24 @@ def test_a_setting_that_did_not_exist_yet_had_its_default():
     assert changes(before, changed) == ["timestep_sampling: uniform -> cubic"]
     before["settings"]["old_name"] = 4
     assert changes(before, described()) == ["old_name: 4 -> gone"]
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_its_own_defaults():
+    before = described()["settings"]
+    before["adapter"] = {**before["adapter"], "mask_resize": "nearest"}
+    del before["adapter"]["mask_margin"], before["proportion_full_masks"]
+    said = logged()
+    found = as_earlier(TrainSettings(), {"settings": before})
+    assert setting_changes(before, recorded(found)) == []
+    assert (found.adapter.mask_resize, found.adapter.mask_margin, found.proportion_full_masks) == ("nearest", 0, 0)
+    assert any(
+        "proportion_full_masks=0.0, as in the checkpoint, which is of an earlier version" in line for line in said
+    )
+    asked = replace(TrainSettings(), proportion_full_masks=0.5)  # not a default, so it is refused
+    changed = setting_changes(before, recorded(as_earlier(asked, {"settings": before})))
+    assert changed == ["proportion_full_masks: 0.0 -> 0.5"]
+    today = described(replace(TrainSettings(), proportion_full_masks=0.5))
+    assert as_earlier(TrainSettings(), today) == TrainSettings()  # a run of today changes no default
 
 
 def test_a_masked_setting_is_compared_too():
