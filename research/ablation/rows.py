@@ -101,7 +101,6 @@ ROWS = {
         Row("full_prompt", "cover, full masks, on the prompt's rows", True, "cover_prompt", "full", PROMPT_ROWS),
         Row("best_all", "cover, full masks, margin 8", True, "cover", "best"),
         Row("best", "cover, full masks, margin 8, on the prompt's rows", True, "cover", sampling=PROMPT_ROWS),
-        Row("best_edges", "the same + edges in the second half", True, "best", sampling=PROMPT_ROWS),
     )
 }
 

@@ -28,7 +28,6 @@ from research.harness import Result, as_rows, write_result
 
 EDGES = {"loss.filter": "edges", "loss.schedule": "low_noise", "loss.weight": 0.1}
 FULL = {"adapter.mask_resize": "cover", "proportion_full_masks": 1.0}
-BEST = FULL | {"adapter.mask_margin": 8}
 # what each row changes of `feature_masked`
 CHANGES = {
     "feature_masked": {},
@@ -45,8 +44,7 @@ CHANGES = {
     "inside_weight": {"loss.masked_denoising_weight": 3.0},
     "cover": {"adapter.mask_resize": "cover"},
     "full": FULL,
-    "best": BEST,
-    "best_edges": BEST | {"loss.filter": "edges", "loss.schedule": "low_noise", "loss.start": 0.5},
+    "best": FULL | {"adapter.mask_margin": 8},
     "cover_edges": {"adapter.mask_resize": "cover", **EDGES},
     "cover_edges_late": {"adapter.mask_resize": "cover", **EDGES, "loss.start": 0.5},
     "cover_edges_strong": {"adapter.mask_resize": "cover", **EDGES, "loss.weight": 0.5},
