@@ -182,7 +182,8 @@ def _check_file(path: Path, name: str) -> None:
         why = error.strerror if isinstance(error, OSError) else first_line(error)
         raise ImageError("unreadable", f"{name} cannot be read ({why}).") from None
     if status is None or not stat.S_ISREG(status.st_mode):
-        raise ImageError("missing", f"There is no image file {name}; check the path.")
+        why = "; check the path" if status is None else ", but something else, such as a folder; give an image"
+        raise ImageError("missing", f"There is no image file {name}{why}.")
 
 
 def to_pixels(image: Image.Image) -> Tensor:

@@ -15,7 +15,7 @@ _OF_THE_CALL = (
     *("true_cfg_scale", "max_sequence_length"),
 )
 _AT_LEAST_ONE = ("num_inference_steps", "batch_size")
-_AT_LEAST_ZERO = ("max_sequence_length", "eta", "guidance_rescale")
+_AT_LEAST_ZERO = ("max_sequence_length", "eta", "guidance_scale", "true_cfg_scale", "guidance_rescale")
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ def test_any_settings_record_is_read() -> None:
         ({"seeds": []}, "There is no seed"),
         ({"batch_size": 0}, "batch size must be at least 1, not 0"),
         ({"num_inference_steps": 0}, "num inference steps must be at least 1, not 0"),
+        ({"true_cfg_scale": -1}, "true cfg scale must be at least 0, not -1"),
         ({"eta": -0.5}, "eta must be at least 0, not -0.5"),
         ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number, not nan"),
     ],

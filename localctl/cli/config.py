@@ -66,7 +66,7 @@ def load_config(
         elif value not in groups[key] and key in free_groups and _is_place(value):
             changed[free_groups[key]] = value
         else:
-            _check_known(f"option for {key}", value, groups[key])
+            _check_known(f"option for {key}", value, groups[key], place=key in free_groups)
             chosen[key] = value
     try:
         with initialize_config_dir(str(config_dir), version_base="1.3"):
@@ -178,10 +178,12 @@ def _flag_value(name: str, hint: Any, rest: list[str]) -> str:
     return rest.pop(0)
 
 
-def _check_known(kind: str, name: str, known: Sequence[str], show: str = "") -> None:
-    """Raise a ValueError that suggests similar names unless ``name`` is in ``known``."""
+def _check_known(kind: str, name: str, known: Sequence[str], show: str = "", place: bool = False) -> None:
+    """Raise a ValueError that suggests similar names unless ``name`` is in ``known``. ``place``: a folder that is there
+    or a hub id would do, too."""
     if name not in known:
-        few = f"known are {', '.join(known)}." if kind.startswith("option") and known else "see --help."
+        else_place = ", or a folder or hub id (owner/name)" if place else ""
+        few = f"known are {', '.join(known)}{else_place}." if kind.startswith("option") and known else "see --help."
         hint = nearest(show + name, [show + item for item in known], few)
         raise ValueError(f"There is no {kind} {show + name!r}; {hint}")
 

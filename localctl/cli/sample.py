@@ -45,7 +45,7 @@ PROGRAM = "sample.py"
 _REPLACED = {
     **ADDON_REPLACED,
     "image": ("condition_image",),
-    "condition_image": ("image", "condition_model", "condition_detector"),
+    "condition_image": ("image", "condition", "condition_model", "condition_detector"),
     "resolution": ("height", "width"),
     "layout": ("region_negatives",),
     "compare": ("control", "sweep", "presets"),

@@ -106,6 +106,11 @@ def _condition(options: Any, index: int, adapter: Any) -> ConditionConfig | None
             raise ValueError(
                 f"--{prefix}{name} is for conditions that are computed from --{prefix}image; leave it out."
             )
+    if trained and kind not in (None, trained.kind) and not computed:
+        raise ValueError(
+            f"--{prefix}condition {kind} says what to compute from --{prefix}image; the {what} {adapter.name} takes "
+            f"--{prefix}condition_image as the {trained.kind} that it was trained on, so leave it out."
+        )
     kind = kind or (trained.kind if trained else None)
     if kind is None:
         if computed:

@@ -85,7 +85,12 @@ def load_layouts(options: SampleSettings) -> list[Layout]:
         raise ValueError("--color is for a --layout that is an image; leave it out.")
     if colored and (len(options.layout) > 1 or len(options.prompt or ()) > 1):
         raise ValueError("A --layout that is an image comes alone, with one --prompt at most.")
-    return read_layouts(vars(options))
+    layouts = read_layouts(vars(options))
+    if not options.from_json and not any(layout.regions for layout in layouts):  # records of before may have them
+        for name in ("control", "set", "sweep", "compare"):
+            if getattr(options, name) not in (None, [NONE]):
+                raise ValueError(f"--{name} needs a layout with regions, and {' '.join(options.layout)} has none.")
+    return layouts
 
 
 def _predict_layouts(options: SampleSettings) -> list[Layout]:

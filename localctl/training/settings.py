@@ -36,6 +36,7 @@ MOST_WORKERS = 4  # by default: one core prepares some 30 photos of 1024 px a se
 LR_END = 1e-7  # of the polynomial schedule, as in diffusers
 ALIASES = {
     "pretrained_model_name_or_path": "base",
+    "base.path": "base.name",
     "revision": "base.revision",
     "variant": "base.variant",
     "pretrained_vae_model_name_or_path": "base.vae",

@@ -125,6 +125,7 @@ def test_null_and_numbers():
 def test_a_base_can_be_a_folder_or_a_hub_id():
     assert load("base=./some/folder").base.name == "./some/folder"
     assert load("--pretrained_model_name_or_path", "owner/name").base.name == "owner/name"
+    assert load("base=sd15", "base.path=some/folder").base.name == "some/folder"
 
 
 def test_mappings_and_nested_lists():
@@ -141,6 +142,7 @@ def test_mappings_and_nested_lists():
         (["weight=1"], ["weight", "loss.weight"]),
         (["condition=cany"], ["cany", "canny"]),
         (["base=sd1.5"], ["sd1.5", "sd15"]),
+        (["base=nowhere"], ["known are flux", "z_image, or a folder or hub id (owner/name)"]),
         (["experiment=quik"], ["quik", "quick"]),
         (["loss=huber"], ["huber"]),
         (["train"], ["train", "key=value"]),

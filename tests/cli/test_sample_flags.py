@@ -270,6 +270,9 @@ def test_clip_skip_and_the_base_settings_are_passed_on(base_here: Path, monkeypa
         (["--layout", "auto", "--layout_predictor", "nowhere"], "no layout predictor in nowhere"),
         (["--layout", "scene.json", "--predictor", "x"], "--predictor is for --layout auto"),
         (["--control", "bias"], "--control needs a layout with regions"),
+        (["--layout", "bare.json", "--control", "bias"], "needs a layout with regions, and bare.json has none"),
+        (["--layout", "bare.json", "--set", "strength=2"], "--set needs a layout with regions, and bare.json"),
+        (["--guidance_scale", "-3"], "guidance scale must be at least 0, not -3.0"),
         (["--control", "none", "bias"], "--control needs a layout with regions"),
         (["--base", "./gone"], "no base './gone'"),
         (["--base", "own/model", "--local_files_only"], "base 'own/model' could not be loaded"),
@@ -286,7 +289,9 @@ def test_impossible_settings_are_refused_before_the_base_is_loaded(
     config = {"_class_name": "AutoencoderKL", "latent_channels": 16, "block_out_channels": [1, 2, 3, 4]}
     Path("other/config.json").write_text(json.dumps(config))
     Path("scene.json").write_text(json.dumps({"prompt": "a", "regions": [{"phrase": "a", "box": [0, 0, 1, 1]}]}))
-    argv = [item for item in PLAIN if "scene.json" not in flags or item not in ("--prompt", "a b")]
+    Path("bare.json").write_text(json.dumps({"prompt": "a"}))
+    own = {"scene.json", "bare.json"} & {*flags}
+    argv = [item for item in PLAIN if not own or item not in ("--prompt", "a b")]
     assert_refused_early([*argv, *flags], message)
 
 

@@ -210,7 +210,7 @@ def test_a_gray_condition_for_a_published_adapter_of_three_channels(
             "mask square.png is 50x50 pixels but the image photo.png is 200x100, another aspect",
         ),
         (["--mask", "edge.png", "--resolution", "64"], "mask edge.png is black everywhere in the part of photo.png"),
-        (["--image", "."], "no image file"),
+        (["--image", "."], "no image file ., but something else, such as a folder; give an image"),
     ],
 )
 def test_impossible_sizes_are_refused(

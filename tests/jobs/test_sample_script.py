@@ -165,6 +165,9 @@ def test_conditions_of_two_sizes_and_colours_are_named(workspace: Path, capsys: 
     assert "conditions are 64x64 and 64x56 pixels" in capsys.readouterr().err
     assert sample.main(["--prompt", "a", "--adapter", "canny", "--condition_image", "photo.png"]) == 2
     assert "photo.png is in colour but the adapter takes 1 channel" in capsys.readouterr().err
+    ready = ["--prompt", "a", "--adapter", "canny", "--condition_image", "photo.png"]
+    assert sample.main([*ready, "--condition", "sobel"]) == 2
+    assert "--condition sobel says what to compute from --image; the adapter canny takes" in capsys.readouterr().err
 
 
 def test_missing_flags_are_named(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
