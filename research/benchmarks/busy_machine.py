@@ -17,13 +17,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from typing import Any
 
 from localctl.cli.arguments import Arguments
 from localctl.cli.program import one_sentence
 from localctl.threads import CHOICES, SPINS
+from research.benchmarks.timing import Apart
 from research.flags import check_least
 from research.page import table
 
@@ -58,9 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     rows = []
     with ExitStack() as stack:
-        trainings = {way: stack.enter_context(_training(*way, words)) for way in WAYS}
-        for process in trainings.values():
-            _answer(process)  # it is warm
+        trainings = {way: stack.enter_context(closing(_training(*way, words))) for way in WAYS}
+        for training in trainings.values():
+            training.answer()  # it is warm
         for busy in args.busy:
             times = _times(trainings, busy, args.rounds)
             rows.append((f"beside {busy} busy processes", [_cell(times[way]) for way in WAYS]))
@@ -69,14 +70,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _times(trainings: dict[Any, subprocess.Popen[str]], busy: int, rounds: int) -> dict[Any, list[float]]:
+def _times(trainings: dict[Any, Apart], busy: int, rounds: int) -> dict[Any, list[float]]:
     """Return the seconds of all steps of each training beside ``busy`` processes."""
     times: dict[Any, list[float]] = {way: [] for way in trainings}
     others = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(busy)]
     try:
         for _ in range(rounds):
-            for way, process in trainings.items():
-                times[way] += _turn(process)
+            for way, turn in trainings.items():
+                times[way] += turn()
     finally:
         for other in others:
             other.kill()
@@ -84,37 +85,17 @@ def _times(trainings: dict[Any, subprocess.Popen[str]], busy: int, rounds: int) 
     return times
 
 
-def _turn(process: subprocess.Popen[str]) -> list[float]:
-    assert process.stdin is not None
-    process.stdin.write("\n")
-    process.stdin.flush()
-    return _answer(process)
-
-
-def _answer(process: subprocess.Popen[str]) -> list[float]:
-    assert process.stdout is not None
-    while not (line := process.stdout.readline()).startswith("["):
-        if not line:
-            raise OSError("A training ended before its turn; run it alone with --one whole to see why.")
-    return json.loads(line)
-
-
 def _cell(seconds: list[float]) -> str:
     low, middle, high = statistics.quantiles(seconds, n=4)
     return f"{1000 * middle:.0f} ({1000 * low:.0f} to {1000 * high:.0f})"
 
 
-@contextmanager
-def _training(batch: str, waiting: str, words: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
-    """Within, a training waits for its turns."""
+def _training(batch: str, waiting: str, words: Sequence[str]) -> Apart:
+    """Return a training that waits for its turns."""
     kept = {name: value for name, value in os.environ.items() if name not in (*CHOICES, "OMP_NUM_THREADS")}
     chosen = {"TQDM_DISABLE": "1", "GOMP_SPINCOUNT": SPINS} if waiting == YIELDING else {"TQDM_DISABLE": "1"}
     command = [sys.executable, "-m", PROGRAM, *words, "--one", batch]
-    with subprocess.Popen(command, env=kept | chosen, stdin=-1, stdout=-1, text=True) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+    return Apart(f"{batch}, {waiting}", command, kept | chosen)
 
 
 def train_in_turns(args: argparse.Namespace) -> None:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from localctl.evaluation.tables import head, line
+from research.benchmarks.gpu_report import Column, Row, table
+from research.benchmarks.timing import GIB
 
-Row = Mapping[str, Any]
-Column = tuple[str, Callable[[Row], str]]
-
-GIB = 2**30
 BYTES: Mapping[str, float] = {"bf16": 2, "8 bit": 1, "4 bit": 0.5}  # of a frozen weight, without scales
 MARKS = ("<!-- cost tables -->", "<!-- end of cost tables -->")  # on the page
 TRAINED = 16  # bytes of a trained float32 parameter: itself, its gradient, both moments of AdamW
@@ -59,13 +56,6 @@ _SIZES: Sequence[Column] = (
     ),
     *((f"training, {name}, GiB", lambda row, name=name: needed(row, name)) for name in BYTES),
 )
-
-
-def table(columns: Sequence[Column], rows: Sequence[Row]) -> str:
-    """Return a table with a line for each row."""
-    return "\n".join(
-        [*head([name for name, _ in columns]), *(line([cell(row) for _, cell in columns]) for row in rows)]
-    )
 
 
 def overheads(rows: Sequence[Row]) -> str:

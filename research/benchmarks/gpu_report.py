@@ -61,14 +61,19 @@ def read(*paths: Path) -> list[Row]:
     return [{"run": number, **row} for number, rows in enumerate(runs, 1) for row in rows]
 
 
+def table(columns: Sequence[Column], rows: Sequence[Row]) -> str:
+    """Return a table with a line for each row."""
+    cells = [[cell(row) for _, cell in columns] for row in rows]
+    return "\n".join([*head([name for name, _ in columns]), *map(line, cells)])
+
+
 def report(rows: Sequence[Row]) -> str:
     """Return the tables of ``rows``, and what was skipped or failed."""
     lines = [_sentences(run) for run in _runs(rows)]
     for key, columns in (("variant", _TRAINING), ("control", _CONTROLS), ("what", _ENCODERS)):
         if of_kind := [row for row in rows if key in row]:
             shown = [("run", lambda row: str(row["run"])), *columns] if "run" in rows[0] else columns
-            cells = [[cell(row) for _, cell in shown] for row in of_kind]
-            lines.append("\n".join([*head([name for name, _ in shown]), *map(line, cells)]))
+            lines.append(table(shown, of_kind))
     lines += [*_profiles(rows), *_recipe(rows)]
     missing = [f"{_named(row, row['part'])}: {why}" for row in rows if (why := row.get("skipped") or row.get("error"))]
     return "\n\n".join([*lines, *(["Not measured: " + "; ".join(missing) + "."] if missing else [])])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,6 +46,35 @@ class Deadline:
     def left(self) -> float:
         """Return the seconds that are left."""
         return float("inf") if self._end is None else self._end - time.monotonic()
+
+
+class Apart:
+    """A program in a process of its own that prints numbers, as a line of JSON, for each line that it reads.
+
+    name: in the error that it has ended.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+        self._name = name
+        self._process = subprocess.Popen(command, env=environment, stdin=-1, stdout=-1, text=True)
+
+    def __call__(self) -> list[float]:
+        """Write a line, and return the answer."""
+        assert self._process.stdin is not None
+        print(file=self._process.stdin, flush=True)
+        return self.answer()
+
+    def answer(self) -> list[float]:
+        """Wait for the next numbers. OSError if the process has ended."""
+        assert self._process.stdout is not None
+        while not (line := self._process.stdout.readline()).startswith("["):
+            if not line:
+                raise OSError(f"The process of {self._name!r} has ended; its own error is above.")
+        return json.loads(line)
+
+    def close(self) -> None:
+        """Let the process end."""
+        self._process.communicate()
 
 
 def in_turns(

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
@@ -49,7 +49,7 @@ from research.benchmarks.steps import (
     with_encodings,
     with_random_encodings,
 )
-from research.benchmarks.timing import Spread, ratios
+from research.benchmarks.timing import Apart, Spread, ratios
 from research.layout_benchmark.cost import peak_memory, seconds
 
 PLAIN_KEPT = Variant("plain step, freed memory kept", cached=False, plain=True)
@@ -118,27 +118,6 @@ def choose_allocator(variant: Variant) -> None:
         keep_freed_memory()
 
 
-class Apart:
-    """A variant in a process of its own, which makes steps and says how long they took when it is called."""
-
-    def __init__(self, name: str, options: argparse.Namespace) -> None:
-        self.name = name
-        command = [*PROGRAM, "--asked", name, "--batch", str(options.batch), "--steps", str(options.steps)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def __call__(self) -> float:
-        """Return the seconds of process time of some steps. RuntimeError if the process has ended."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        print(file=self._process.stdin, flush=True)
-        if not (answer := self._process.stdout.readline()):
-            raise RuntimeError(f"The process of the step {self.name!r} has ended; its own error is above.")
-        return float(answer)
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.communicate()
-
-
 def answer_questions(variant: Variant, options: argparse.Namespace, folder: Path) -> None:
     """For each line of the standard input, make steps and print the seconds that they took."""
     settings = settings_of(options.batch, folder)
@@ -146,21 +125,21 @@ def answer_questions(variant: Variant, options: argparse.Namespace, folder: Path
     steps.use(encoded(batches(options.batch, settings)))
     steps(WARM_UP)
     for _ in sys.stdin:
-        print(seconds(partial(steps, options.steps), CPU), flush=True)
+        print([seconds(partial(steps, options.steps), CPU)], flush=True)
 
 
 def compare(options: argparse.Namespace) -> None:
     """Print the speed of every variant beside the plain step's."""
     times: dict[str, list[float]] = {}
     with ExitStack() as stack:
-        made = []
+        made = {}
         for name in dict.fromkeys([PLAIN.name, *options.variants]):
-            made.append(Apart(name, options))
-            stack.callback(made[-1].close)
-            made[-1]()  # one starts after the other
+            command = [*PROGRAM, "--asked", name, "--batch", str(options.batch), "--steps", str(options.steps)]
+            made[name] = stack.enter_context(closing(Apart(name, command)))
+            made[name]()  # one starts after the other
         for _ in range(options.rounds):
-            for one in made:
-                times.setdefault(one.name, []).append(one())
+            for name, one in made.items():
+                times.setdefault(name, []).extend(one())
     print("| step | ms | times as fast as the plain step |\n|---|---|---|")
     for name, taken in times.items():
         ms = Spread.of([1e3 * took / options.steps for took in taken])
