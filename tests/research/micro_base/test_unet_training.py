@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,6 +72,7 @@ def test_the_loss_stays_on_one_device_and_reads_no_value_back(cache: LatentCache
     """Tensors without values stand for those of a GPU, where both would break a graph."""
     device = torch.device("meta")
     unet = new_unet().to(device).to(torch.bfloat16)
+    focus = replace(focus, relations=torch.full((SCENES,), 4), expected=cache.latents + 1)
     loss = UNetLoss(unet, to(cache, device), torch.rand(1000, device=device), Recipe(), to(focus, device))
     sampler = Sampler((SCENES, 4, 16, 16), None, 4, Recipe(), 0, torch.device("cpu"))
     terms = loss(to(sampler(np.random.default_rng(0)), device))
