@@ -211,7 +211,8 @@ def acting_presets(variants: Sequence[Variant], options: SampleSettings, guidanc
     given = [_split_setting(item)[0] for item in (*(options.set or ()), *(options.sweep or ()))]
     found: Presets = {}
     for variant in variants:
-        named = [(name, control) for control in variant.controls if (name := CONTROLS.name_of(type(control)))]
+        every: Sequence[Any] = variant.controls
+        named = [(name, control) for control in every if (name := CONTROLS.name_of(type(control)))]
         values = {
             f"{name}.{field.name}": getattr(control, field.name)
             for name, control in named
@@ -249,7 +250,7 @@ def _sampling(names: Sequence[str], base: str, presets: Presets | None) -> Sampl
     if not recorded:
         return sampling_of(names, base)
     scale = recorded.get("guidance_scale")
-    return Sampling(recorded.get("scheduler"), scale and _parse_value("guidance_scale", scale, 0.0))
+    return Sampling(recorded.get("scheduler"), None if scale is None else _parse_value("guidance_scale", scale, 0.0))
 
 
 def _example_value(control: type[Any], name: str) -> Any:

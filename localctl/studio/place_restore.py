@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -95,8 +95,8 @@ def _method(options: Mapping[str, Any], base: str) -> dict[str, Any]:
 
 def _check_presets(options: Mapping[str, Any], names: list[str], base: str, on_page: bool) -> None:
     """Raise a ValueError if the run had other presets than there are now, but for settings that are ``on_page``."""
-    own = make_controls(names, [], base), make_controls(names, [], base, options.get("presets"))
-    for name, now, then in zip(names, *own, strict=True):
+    of_now: Sequence[Any] = make_controls(names, [], base)
+    for name, now, then in zip(names, of_now, make_controls(names, [], base, options.get("presets")), strict=True):
         shown_ones = [setting.field for setting in settings_of(name)] if on_page else []
         for field in fields(now):
             value = getattr(then, field.name)
