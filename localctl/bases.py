@@ -122,11 +122,12 @@ def _own_defaults(folder: Path) -> dict[str, Any]:
         return {}
     stated = read_object(path, "The file", "correct it")
     scale = stated.get("guidance_scale")
-    if set(stated) != {"guidance_scale"} or type(scale) not in (int, float) or not math.isfinite(scale):
+    number = isinstance(scale, (int, float)) and not isinstance(scale, bool) and math.isfinite(scale)
+    if set(stated) != {"guidance_scale"} or not number:
         raise ValueError(
             f'The file {path} says {shown(stated)}; a base states its guidance scale, {{"guidance_scale": 2.0}}.'
         )
-    return {"guidance_scale": float(scale)}
+    return {"guidance_scale": float(stated["guidance_scale"])}
 
 
 def is_hub_id(name: str) -> bool:

@@ -23,6 +23,7 @@ COMMANDS = {"ref": "make_reference", "gen": "generate", "score": "score"}  # -> 
 PROGRAM = "evaluate_fid.py"
 ALIASES = {
     "pretrained_model_name_or_path": "base",
+    "base.path": "base.name",
     "train_data_dir": "data.path",
     "resolution": "data.resolution",
     "caption_column": "data.caption_column",
