@@ -102,54 +102,6 @@ def check_changes(changes: Changes) -> None:
         raise TypeError(f"{unknown[0]!r} is no change of a call's arguments; known are {', '.join(known)}.")
 
 
-class DenoiserInputs:
-    """The inputs of one call of the denoiser; must not be modified.
-
-    sample: the first input, as passed. latents: the noisy latents in it (R, c, h, w), unpacked and without the mask and
-        image channels of inpainting. timestep: as passed. text: the prompt embeddings (R, K, C). added: for SDXL, the
-        pooled embeddings and the sizes, by name.
-    """
-
-    sample: Tensor
-    latents: Tensor
-    timestep: Tensor | float
-    text: Tensor
-    added: Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class BlockResiduals:
-    """Residuals as a ControlNet adds them.
-
-    down: one (R, c, h, w) per skip connection, finest first. middle: (R, c, h, w), for the output of the middle block.
-    """
-
-    down: list[Tensor]
-    middle: Tensor
-
-
-class Changes(TypedDict, total=False):
-    """Changes of the arguments of a call; None: none.
-
-    latents: (R, c, h, w), text: (R, K, C), images: (R, n, ...) of each IP-Adapter, in place of its own. residuals,
-    skips: added to its own.
-    """
-
-    latents: Tensor | None
-    text: Tensor | None
-    residuals: Sequence[Tensor | None] | None
-    skips: BlockResiduals | None
-    images: list[Tensor] | None
-
-
-def check_changes(changes: Changes) -> None:
-    """Raise a TypeError for a change of a name that there is not."""
-    if unknown := sorted(set(changes) - set(Changes.__annotations__)):
-        raise TypeError(
-            f"{unknown[0]!r} is no change of a call's arguments; known are {', '.join(Changes.__annotations__)}."
-        )
-
-
 class Denoiser(Configured, Trained):
     """The denoiser of one pipeline.
 
