@@ -3,8 +3,8 @@ truncated or damaged. This module loads neither models nor torch."""
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -121,9 +121,9 @@ def _own_defaults(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     stated = read_object(path, "The file", "correct it")
-    scale = stated.get("guidance_scale")
-    number = isinstance(scale, (int, float)) and not isinstance(scale, bool) and math.isfinite(scale)
-    if set(stated) != {"guidance_scale"} or not number:
+    scale: Any = stated.get("guidance_scale")
+    is_scale = type(scale) in (int, float) and 0 <= scale <= sys.float_info.max  # exact, also for huge numbers
+    if set(stated) != {"guidance_scale"} or not is_scale:
         raise ValueError(
             f'The file {path} says {shown(stated)}; a base states its guidance scale, {{"guidance_scale": 2.0}}.'
         )

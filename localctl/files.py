@@ -83,7 +83,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 def writing(path: Path) -> Iterator[BinaryIO]:
     """Context with a new file that becomes ``path`` at its end. A link at ``path`` is replaced, never followed.
 
-    OSError naming the file when the disk is full or the folder is not writable; an old file then stays unchanged."""
+    OSError naming the file when the disk is full or the folder is not writable. After any error, also of another file
+    in the context, nothing is left and an old file is unchanged."""
     temporary = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}")
     try:
         with temporary.open("xb") as file:
@@ -91,10 +92,19 @@ def writing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
-        raise OSError(f"{path} could not be written: {error.strerror or first_line(error)}") from error
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            raise not_written(path, error) from error
+        raise
+
+
+def not_written(path: Path, error: OSError, why: str = "") -> OSError:
+    """Make the error for a file that could not be written; its ``strerror`` is the reason alone, without the path."""
+    found = OSError(f"{path} could not be written: {why or error.strerror or first_line(error)}")
+    found.strerror = why or error.strerror or first_line(error)
+    return found
 
 
 def open_to_append(path: Path) -> int:
@@ -104,8 +114,7 @@ def open_to_append(path: Path) -> int:
     try:
         return os.open(path, flags, 0o666)
     except OSError as error:
-        why = "it is a link" if path.is_symlink() else error.strerror
-        raise OSError(f"{path} could not be written: {why}") from error
+        raise not_written(path, error, "it is a link" if path.is_symlink() else "") from error
 
 
 def append(descriptor: int, content: bytes, path: Path) -> None:
@@ -120,7 +129,7 @@ def append(descriptor: int, content: bytes, path: Path) -> None:
         os.fsync(descriptor)
     except OSError as error:
         os.ftruncate(descriptor, size)
-        raise OSError(f"{path} could not be written: {error.strerror}") from error
+        raise not_written(path, error) from error
 
 
 def remove(path: Path) -> None:

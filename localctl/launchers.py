@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import MutableMapping
 from pathlib import Path
 
 _TORCHRUN, _ACCELERATE = "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"  # set by the launchers
-_ERROR_FILE, _SESSION = "TORCHELASTIC_ERROR_FILE", "PMIX_SERVER_TMPDIR"
+_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # of torchrun and `accelerate launch`: ATTEMPT/RANK/error.json
+_STARTED = time.time()
 _HERE, _PORT = "127.0.0.1", "29500"  # the port is torchrun's own default
 # Variables of torch -> those of Open MPI, of MPICH and Intel MPI, and of MVAPICH.
 _OF_MPI = {
@@ -20,9 +22,11 @@ _OF_MPI = {
 
 
 def launcher() -> int | None:
-    """Return the process id of torchrun or `accelerate launch` if one of them started this process, else None."""
+    """Return the process id of torchrun, ``mpirun`` or `accelerate launch` if one of them started this process, else
+    None."""
     parent = os.getppid()
-    started = _TORCHRUN in os.environ or (_ACCELERATE in os.environ and _is_accelerate(parent))
+    among_others = any(os.environ.get(name, "1") != "1" for name in _OF_MPI["WORLD_SIZE"])
+    started = _TORCHRUN in os.environ or among_others or (_ACCELERATE in os.environ and _is_accelerate(parent))
     return parent if started else None
 
 
@@ -55,32 +59,25 @@ def is_first() -> bool:
 
 
 def tells(text: str, follows: bool = False) -> bool:
-    """Return whether this process is to print an error: of the processes of a launcher on this machine, the first that
-    has it. All are, where the launcher gives them no folder in common.
+    """Return whether this process is to print an error: of the processes that torchrun or `accelerate launch` started
+    on this machine, the first that has it; of any others, each.
 
     follows: what is told follows from whatever ended another process, so it is told only if that was silent.
     """
-    folder = _common_folder()
-    if folder is None:
+    if os.environ.get("WORLD_SIZE", "1") == "1" or _ERROR_FILE not in os.environ:
         return True
-    mark = "localctl_told_"
-    if follows and any(folder.glob(f"{mark}*")):
-        return False
+    folder, name = Path(os.environ[_ERROR_FILE]).parents[1], "localctl_told_"
     try:
-        (folder / f"{mark}{'' if follows else hashlib.sha256(text.encode(errors='replace')).hexdigest()}").touch(
-            exist_ok=False
-        )
+        for mark in folder.glob(f"{name}*"):
+            if mark.stat().st_mtime < _STARTED:  # of a program that the processes ran before
+                mark.unlink(missing_ok=True)
+            elif follows:
+                return False
+        if not follows:
+            name += hashlib.sha256(text.encode(errors="replace")).hexdigest()
+        (folder / name).touch(exist_ok=False)
     except FileExistsError:
         return False
     except OSError:  # the disk is full, for example
         return True
     return True
-
-
-def _common_folder() -> Path | None:
-    """Return the folder that a launcher made for its processes on this machine and removes in the end."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        return None
-    if _ERROR_FILE in os.environ:  # of torchrun and `accelerate launch`: ATTEMPT/RANK/error.json
-        return Path(os.environ[_ERROR_FILE]).parents[1]
-    return Path(os.environ[_SESSION]) if _SESSION in os.environ else None

@@ -18,7 +18,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from localctl.files import parse_json, write_json
+from localctl.files import not_written, parse_json, write_json
 
 logger = logging.getLogger(__name__)
 LOCK = ".lock"
@@ -97,7 +97,7 @@ class FolderLock:
             os.write(descriptor, text)
         except OSError as error:
             self.path.unlink(missing_ok=True)
-            raise OSError(f"{self.path} could not be written: {error.strerror}") from error
+            raise not_written(self.path, error) from error
         finally:
             os.close(descriptor)
 

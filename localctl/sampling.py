@@ -22,7 +22,7 @@ from localctl.image_to_image import InitImage
 from localctl.layout import Layout, as_layouts
 from localctl.pipelines import knows_sigmas, no_sigmas, with_scheduler
 from localctl.previews import OnStep, each_step
-from localctl.sampling_settings import FREE, own_sampling
+from localctl.sampling_settings import FREE, check_stated, own_sampling
 from localctl.sampling_settings import Sampling as Sampling
 from localctl.schedulers import check_seedable
 from localctl.seeding import generator, noise
@@ -198,6 +198,8 @@ def _own(pipe: DiffusionPipeline, init: InitImage | None, sampling: Sampling) ->
     denoiser = denoiser_of(pipe)
     index = {**pipe.config, "_class_name": type(pipe).__name__}
     denoiser.check_text_length(denoiser.module.config, index, sampling.max_sequence_length, "")
+    if denoiser.guidance(denoiser.module.config, index).scale is None:
+        check_stated(str(pipe.config.get("_name_or_path") or ""))
     return {**(denoiser.own_arguments if init is None else {}), **sampling.arguments()}
 
 

@@ -113,3 +113,12 @@ def own_sampling(base: str) -> Sampling:
         known = defaults_of(base, {"local_files_only": True})
     own: dict[str, Any] = {} if known is None else {known.guided_by: known.guidance_scale}
     return replace(FREE, **own)
+
+
+def check_stated(base: str) -> None:
+    """Raise a ValueError if the folder of a base without guidance states a guidance scale."""
+    if known_base(base) is None and own_sampling(base).guidance_scale is not None:
+        raise ValueError(
+            f"The file {Path(base, OWN_DEFAULTS)} states a guidance scale, which this base ignores, as it has no "
+            "guidance; remove the file."
+        )

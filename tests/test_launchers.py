@@ -18,13 +18,18 @@ LOCAL = {"OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
 JOINED = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 
 
-def test_torchrun_and_accelerate_are_known_by_their_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"):
+def test_torchrun_mpirun_and_accelerate_are_known_by_their_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    several = {"TORCHELASTIC_RUN_ID": "none", "ACCELERATE_MIXED_PRECISION": "no", "OMPI_COMM_WORLD_SIZE": "2"}
+    for name in several:
         monkeypatch.delenv(name, raising=False)
-    assert launcher() is None
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setattr("localctl.launchers._is_accelerate", lambda pid: True)
-    assert launcher() == os.getppid()
+    assert launcher() is None
+    for name, value in several.items():
+        with monkeypatch.context() as one:
+            one.setenv(name, value)
+            assert launcher() == os.getppid(), name
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "1")  # the only process
+    assert launcher() is None
 
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="the system does not say what runs")
@@ -83,8 +88,20 @@ def test_an_error_that_several_processes_have_is_told_by_one(
 
 def test_what_follows_from_a_told_error_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "0" / "error.json"))
+    assert tells("the disk is full") and not tells("stopped by SIGTERM", follows=True)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "gone" / "0" / "error.json"))
+    assert tells("the disk is full") and tells("the disk is full")  # rather twice than not at all
+
+
+def test_a_second_program_of_the_same_launcher_tells_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script that torchrun starts may run several; the folder of Open MPI lasts for all that it starts."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
     monkeypatch.setenv("PMIX_SERVER_TMPDIR", str(tmp_path))
-    assert tells("the disk is full") and not tells("stopped by SIGTERM", follows=True)
-    monkeypatch.setenv("PMIX_SERVER_TMPDIR", str(tmp_path / "gone"))
-    assert tells("the disk is full") and tells("the disk is full")  # rather twice than not at all
+    assert tells("the disk is full") and tells("the disk is full")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "0" / "error.json"))
+    for follows in (False, True, False):
+        assert tells("the disk is full", follows) and not tells("the disk is full", follows)
+        for mark in tmp_path.iterdir():
+            os.utime(mark, (0, 0))  # as if this process had started later

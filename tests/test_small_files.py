@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 
 import pytest
 
-from localctl.files import first_line, parse_json, read_json, write_text
+from localctl.files import first_line, parse_json, read_json, write_text, writing
 
 
 def test_first_line_is_part_of_a_sentence():
@@ -57,3 +58,19 @@ def test_write_text_that_fails_names_the_file_and_leaves_nothing(tmp_path):
     with pytest.raises(OSError, match="folder could not be written"):
         write_text(tmp_path / "folder", "")
     assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_a_file_that_is_not_finished_leaves_nothing_and_only_its_own_errors_name_it(tmp_path):
+    path, gone = tmp_path / "a.txt", tmp_path / "gone"
+    path.write_text("old")
+    with pytest.raises(FileNotFoundError) as missing, writing(path):
+        gone.read_bytes()
+    assert missing.value.filename == str(gone)
+    with pytest.raises(OSError, match="a.txt could not be written: No space left") as full, writing(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert full.value.strerror == "No space left on device"
+    for error in (ValueError, KeyboardInterrupt):
+        with pytest.raises(error), writing(path) as file:
+            file.write(b"half")
+            raise error
+    assert os.listdir(tmp_path) == ["a.txt"] and path.read_text() == "old"

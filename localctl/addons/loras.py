@@ -64,11 +64,13 @@ class SavedLora:
             if not (name.startswith("transformer.") and name.endswith(".lora_A.weight")):
                 continue  # of another format, whose layers are known when it is read
             layer = name.removeprefix("transformer.").removesuffix(".lora_A.weight")
-            width = getattr(layers.get(layer), "in_features", None)
-            if width != shape[-1]:
+            own = layers.get(layer)
+            width = getattr(own, "in_features", getattr(own, "in_channels", None))  # of a convolution
+            taken = shape[1] if len(shape) > 1 else None
+            if width is None or width != taken:
                 has = f"takes {width}" if width else "does not have"
                 raise ValueError(
-                    f"The LoRA {self.weights.name} changes {layer} for {shape[-1]} channels, which this base {has}; "
+                    f"The LoRA {self.weights.name} changes {layer} for {taken} channels, which this base {has}; "
                     "choose one that was made for this kind of base."
                 )
 

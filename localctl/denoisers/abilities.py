@@ -16,7 +16,7 @@ from localctl.denoisers import family_of
 from localctl.denoisers.base import Denoiser
 from localctl.denoisers.configs import Guidance
 from localctl.pipelines import BaseConfig, choose_pil_processors, resolve_base, scheduler_of
-from localctl.sampling_settings import Sampling, own_sampling
+from localctl.sampling_settings import Sampling, check_stated, own_sampling
 from localctl.schedulers import check_seedable
 
 ONLY_UNETS = "on Stable Diffusion 1.x, 2.x and XL only"
@@ -69,6 +69,8 @@ class Abilities:
             usual = resolve_base(self.base.name, one_file=True).guidance_scale
             return Guidance(usual if own.guidance_scale is None else own.guidance_scale)
         found = self.family.guidance(self.config, self.shape.index)
+        if found.scale is None:
+            check_stated(self.base.name)
         if found.true_cfg_scale is not None and own.true_cfg_scale is not None:
             return replace(found, true_cfg_scale=own.true_cfg_scale)
         if found.scale is None or own.guidance_scale is None:

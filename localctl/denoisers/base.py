@@ -95,6 +95,13 @@ class Changes(TypedDict, total=False):
     images: list[Tensor] | None
 
 
+def check_changes(changes: Changes) -> None:
+    """Raise a TypeError for a change of a name that there is not."""
+    known = Changes.__annotations__
+    if unknown := sorted(set(changes) - set(known)):
+        raise TypeError(f"{unknown[0]!r} is no change of a call's arguments; known are {', '.join(known)}.")
+
+
 class Denoiser(Configured, Trained):
     """The denoiser of one pipeline.
 

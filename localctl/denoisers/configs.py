@@ -66,7 +66,7 @@ class Configured:
 
     @classmethod
     def fewest_tokens(cls, index: Mapping[str, Any]) -> int:
-        """Return the lowest ``max_sequence_length`` with which a base reads the prompt."""
+        """Return the lowest ``max_sequence_length`` with which the last text encoder of a base reads the prompt."""
         return 1
 
     @classmethod
@@ -85,8 +85,8 @@ class Configured:
             )
         if length < fewest:
             raise ValueError(
-                f"{flag}max_sequence_length is {length}, with which a {pipeline} reads no prompt; give at least "
-                f"{fewest}, or leave it out."
+                f"{flag}max_sequence_length is {length}, with which the last text encoder of a {pipeline} reads no "
+                f"prompt; give at least {fewest}, or leave it out."
             )
 
     @classmethod

@@ -20,6 +20,7 @@ from localctl.denoisers.base import (
     DenoiserInputs,
     add_residuals,
     argument,
+    check_changes,
     with_arguments,
 )
 from localctl.denoisers.trained import TYPICAL_TEXT
@@ -190,6 +191,7 @@ class Transformer(Denoiser):
 
     def write(self, arguments: Arguments, **changes: Unpack[Changes]) -> Arguments:
         """Return the changed arguments; ``residuals`` are for :meth:`running`. A transformer has no ``skips``."""
+        check_changes(changes)
         assert changes.get("skips") is None and changes.get("images") is None, "refused when controls are bound"
         changed: dict[str, Any] = {}
         if (latents := changes.get("latents")) is not None:

@@ -19,6 +19,7 @@ from localctl.denoisers.base import (
     DenoiserInputs,
     add_residuals,
     argument,
+    check_changes,
     with_arguments,
 )
 from localctl.denoisers.trained import Original
@@ -132,6 +133,7 @@ class UNet(Denoiser):
     def write(self, arguments: Arguments, **changes: Unpack[Changes]) -> Arguments:
         """Return the changed arguments; ``residuals`` go into the down blocks, ``skips`` to the skip connections and
         the middle block, ``images`` beside SDXL's further inputs."""
+        check_changes(changes)
         changed: dict[str, Any] = {}
         if (text := changes.get("text")) is not None:
             changed["encoder_hidden_states"] = text

@@ -20,6 +20,7 @@ from localctl.denoisers.base import (
     Conditioning,
     DenoiserInputs,
     add_residuals,
+    check_changes,
 )
 from localctl.denoisers.configs import Guidance
 from localctl.denoisers.joint import Joint, check_dispatch, dispatched
@@ -155,6 +156,7 @@ class ZImage(Transformer):
 
     def write(self, arguments: Arguments, **changes: Unpack[Changes]) -> Arguments:
         """Return the changed arguments, by name and as tensors of all rows."""
+        check_changes(changes)
         assert changes.get("skips") is None and changes.get("images") is None, "refused when controls are bound"
         named = dict(self._opened(arguments))
         if (latents := changes.get("latents")) is not None:

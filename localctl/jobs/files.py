@@ -98,7 +98,9 @@ def save(image: Image.Image, path: Path, record: Record | None = None) -> None:
         image.save(path, pnginfo=texts)
     except OSError as error:
         reason = error.strerror or first_line(error)
-        raise OSError(f"{path} could not be written ({reason}); what was written before is kept.") from error
+        failed = OSError(f"{path} could not be written ({reason}); what was written before is kept.")
+        failed.strerror = reason  # without the path, which the studio does not tell
+        raise failed from error
 
 
 def save_record(options: Mapping[str, Any], paths: Sequence[Path], folder: Path) -> None:

@@ -25,6 +25,7 @@ from localctl.sampling_settings import FREE, Sampling
 
 COMPARED_ALL = ("none", "bias", "dense", "guidance")  # the variants of --compare all
 _MOST_CELLS = 64  # of the grid of a sweep
+ABSENT = "none"  # None as the text of a setting
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def plan(options: SampleSettings, base: str) -> list[Variant]:
     check_settings([name for name, _ in settings], names)
     if not options.sweep:
         controls = make_controls(names, settings, base, options.presets)
-        return [Variant(_key(names), controls, sampling=_sampling(names, base, options.presets))]
+        return [Variant(_key(names), controls, sampling=sampling_with(names, base, options.presets))]
     return _sweep_variants(options, names, settings, base)
 
 
@@ -141,7 +142,7 @@ def read_variants(
     plans = [(word, control_names(word)) for word in words]
     check_settings([name for name, _ in read], [name for _, names in plans for name in names])
     return [
-        Variant(label, make_controls(names, read, base, presets), index, sampling=_sampling(names, base, presets))
+        Variant(label, make_controls(names, read, base, presets), index, sampling=sampling_with(names, base, presets))
         for index, (label, names) in enumerate(plans)
     ]
 
@@ -169,7 +170,7 @@ def _sweep_variants(
         label = " ".join(f"{name}={value}" for name, value in chosen)
         controls = make_controls(names, [*settings, *chosen], base, options.presets)
         row = cell[0] if len(cell) > 1 else 0
-        variants.append(Variant(label, controls, cell[-1], row, _sampling(names, base, options.presets)))
+        variants.append(Variant(label, controls, cell[-1], row, sampling_with(names, base, options.presets)))
     if len({variant.label for variant in variants}) < len(variants):
         raise ValueError("A value is given twice in --sweep; give each one once.")
     return variants
@@ -194,7 +195,7 @@ def make_controls(
     recorded = [item for item in _recorded(names, presets) if "." in item[0]]
     check_settings([name for name, _ in recorded], names)
     read = {
-        f"{name}.{field}": _parse_value(setting, text, _example_value(CONTROLS[name], field))
+        f"{name}.{field}": _read_value(setting, text, CONTROLS[name], field)
         for name in names
         for setting, text in (*recorded, *settings)
         if (field := setting_of(name, setting)) is not None
@@ -204,7 +205,7 @@ def make_controls(
 
 def acting_presets(variants: Sequence[Variant], options: SampleSettings, guidance_scale: float | None) -> Presets:
     """Return, for the record, what acts without being given: the settings of each variant's controls, and its sampling
-    where ``options`` leave it open. A later version may have other presets. None, the absence of a value, is left out.
+    where ``options`` leave it open. A later version may have other presets.
 
     guidance_scale: of the base.
     """
@@ -235,6 +236,8 @@ def _key(names: Sequence[str]) -> str:
 
 def _as_text(value: Any) -> str:
     """Return a value as ``set`` takes it; nothing for one that has no text."""
+    if value is None:
+        return ABSENT
     if isinstance(value, tuple):
         return ",".join(value)
     return str(value).lower() if isinstance(value, bool) else str(value) if isinstance(value, (int, float, str)) else ""
@@ -244,19 +247,23 @@ def _recorded(names: Sequence[str], presets: Presets | None) -> list[tuple[str, 
     return [_split_setting(item) for item in (presets or {}).get(_key(names), ())]
 
 
-def _sampling(names: Sequence[str], base: str, presets: Presets | None) -> Sampling:
+def sampling_with(names: Sequence[str], base: str, presets: Presets | None) -> Sampling:
     """Return how to sample with these controls: as recorded, else as suits the base."""
     recorded = {name: text for name, text in _recorded(names, presets) if "." not in name}
     if not recorded:
         return sampling_of(names, base)
-    scale = recorded.get("guidance_scale")
-    return Sampling(recorded.get("scheduler"), None if scale is None else _parse_value("guidance_scale", scale, 0.0))
+    given = {name: None if text == ABSENT else text for name, text in recorded.items()}
+    scale = given.get("guidance_scale")
+    scale = None if scale is None else _parse_value("guidance_scale", scale, 0.0)
+    return Sampling(scheduler=given.get("scheduler"), guidance_scale=scale)
 
 
-def _example_value(control: type[Any], name: str) -> Any:
-    """Return a value of a field's type: its default, or 0.0 where that is None for a number."""
-    kinds = {field.name: str(field.type) for field in fields(control)}
-    return 0.0 if kinds[name] == "float | None" else getattr(control, name)
+def _read_value(setting: str, text: str, control: type[Any], name: str) -> Any:
+    """Return ``text`` as a value of the field ``name`` of a control."""
+    kind = next(str(field.type) for field in fields(control) if field.name == name)
+    if text == ABSENT and kind.endswith("| None"):
+        return None
+    return _parse_value(setting, text, 0.0 if kind == "float | None" else getattr(control, name))
 
 
 def _parse_value(setting: str, text: str, default: Any) -> Any:

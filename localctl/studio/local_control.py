@@ -37,7 +37,6 @@ class FollowTab(Tab):
     rows: list[Any] = field(default_factory=list)
     conditions: Any = None
     figures: Any = None
-    handlers: Any = None
 
     @property
     def adapters(self) -> list[Any]:
@@ -174,7 +173,7 @@ def _sampling_fields(tab: FollowTab, studio: Studio) -> None:
 
 def _connect(tab: FollowTab, studio: Studio) -> None:
     """Connect the components to the handlers."""
-    tab.handlers = handlers = FollowHandlers(studio, tab.names)
+    handlers = FollowHandlers(studio, tab.names)
     inputs = list(tab.fields.values())
     results = [tab.progress, tab.figures, tab.gallery]
     asked = tab.buttons["generate"].click(handlers.generate, inputs, results, **PRIVATE)

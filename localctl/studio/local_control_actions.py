@@ -61,7 +61,8 @@ class FollowHandlers(Handlers):
             if shown is None:
                 yield told, gr.skip(), gr.skip()
             else:
-                yield told or gr.skip(), (shown[0] if told else shown[-1]).figures, _gallery(shown)
+                figures = [item.figures for item in (shown[:1] if told else shown[-1:])]
+                yield told or gr.skip(), figures[0] if figures else gr.skip(), _gallery(shown)
 
     def choose(self, request: gr.Request, event: gr.SelectData) -> Any:
         """Show the figures of the image that is chosen in the gallery."""

@@ -82,10 +82,10 @@ class Setting:
         if self.kind == "int":
             return gr.Slider(0, 100, value=value, step=1, label=label)
         if self.kind.startswith("float") and self.highest() < _LIMIT:
-            return gr.Slider(0, self.highest(), value=_shown(self, value), step=0.01, label=label)
+            return gr.Slider(0, self.highest(), value=field_value(self, value), step=0.01, label=label)
         if self.kind.startswith("float"):
             return gr.Number(value=value, label=label)
-        return gr.Textbox(value=_shown(self, value), label=label, max_lines=1)
+        return gr.Textbox(value=field_value(self, value), label=label, max_lines=1)
 
     def highest(self) -> float:
         """Return the largest number that the page takes."""
@@ -142,10 +142,11 @@ def presets_of(method: str, base: str) -> dict[str, Any]:
 def shown_presets(method: str, base: str) -> dict[str, Any]:
     """Return :func:`presets_of` as the fields of the page show them."""
     every = {setting.name: setting for name in control_names(method) for setting in settings_of(name)}
-    return {name: _shown(every[name], value) for name, value in presets_of(method, base).items()}
+    return {name: field_value(every[name], value) for name, value in presets_of(method, base).items()}
 
 
-def _shown(setting: Setting, value: Any) -> Any:
+def field_value(setting: Setting, value: Any) -> Any:
+    """Return a value of a setting as its field shows it."""
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     if value is None:

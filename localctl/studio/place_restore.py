@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
 from localctl.bases import SIGMAS
-from localctl.control.presets import NONE, control_names, setting_of
+from localctl.control.presets import NONE, control_names, sampling_of, setting_of
 from localctl.images import load_image
-from localctl.jobs.variants import COMPARED_ALL, has_negatives, make_controls
+from localctl.jobs.variants import ABSENT, COMPARED_ALL, has_negatives, make_controls, sampling_with
 from localctl.layout import Layout
 from localctl.layout_io import load_layout
 from localctl.masks import load_mask, mask_to_pil
+from localctl.sampling_settings import own_sampling
 from localctl.sizes import shown
 from localctl.studio import limits
 from localctl.studio.canvas import scene as canvas_value
-from localctl.studio.methods import METHODS, Setting, settings_of, shown_presets
+from localctl.studio.methods import METHODS, Setting, field_value, settings_of, shown_presets
 from localctl.studio.place_form import MAX_SWEEP, PHOTO_USES, sweepable
 from localctl.studio.restoring import refuse_others, shared_values
 from localctl.studio.scenes import scene_of
@@ -29,7 +30,7 @@ _PLAIN = {
     "upscale_strength": 0.5,
 }
 _KNOWN = (
-    *(*_PLAIN, "layout", "control", "set", "presets", "sweep", "compare", "init_image", "strength", "inpaint_mask"),
+    *(*_PLAIN, "layout", "control", "set", "sweep", "compare", "init_image", "strength", "inpaint_mask"),
     *(f"use_{name}_sigmas" for name in SIGMAS),
     *("weight", "start", "end", "unconditional_scale"),  # of adapters; without one they do nothing
 )
@@ -85,26 +86,44 @@ def _method(options: Mapping[str, Any], base: str) -> dict[str, Any]:
         return {"compared": [_label(control_names(word)) for word in (COMPARED_ALL if words == ["all"] else words)]}
     names = control_names(options.get("control") or ["bias"])
     values = {"method": _label(names), **shown_presets("+".join(names) or NONE, base)}
-    _check_presets(options, names, base, on_page=True)
     for item in (*(options.get("presets") or {}).get("+".join(names), ()), *(options.get("set") or ())):
         given, _, text = item.partition("=")
         for setting in _settings(names, given):
             values[setting.name] = _parsed(setting, text)
+    _check_presets(options, names, base, on_page=True)
     return values | _sweep(options.get("sweep") or [], names)
 
 
 def _check_presets(options: Mapping[str, Any], names: list[str], base: str, on_page: bool) -> None:
-    """Raise a ValueError if the run had other presets than there are now, but for settings that are ``on_page``."""
-    of_now: Sequence[Any] = make_controls(names, [], base)
-    for name, now, then in zip(names, of_now, make_controls(names, [], base, options.get("presets")), strict=True):
-        shown_ones = [setting.field for setting in settings_of(name)] if on_page else []
+    """Raise a ValueError if the page would make the image of these controls with other settings than the run did, as
+    there are other presets now. on_page: its fields show what the run had, where they can."""
+    given = [(name, text) for name, _, text in (item.partition("=") for item in options.get("set") or ())]
+    own: Any = make_controls(names, [], base), make_controls(names, given, base, options.get("presets"))
+    for name, now, then in zip(names, *own, strict=True):
+        shown_ones = {setting.field: setting for setting in settings_of(name)} if on_page else {}
         for field in fields(now):
-            value = getattr(then, field.name)
-            if value != getattr(now, field.name) and field.name not in shown_ones:
-                raise ValueError(
-                    f"The image was made with {name}.{field.name}={shown(value)}, which is no longer the preset; "
-                    "repeat it with sample.py --from_json."
-                )
+            usual, value, setting = getattr(now, field.name), getattr(then, field.name), shown_ones.get(field.name)
+            kept = setting and value is not None and field_value(setting, value) != field_value(setting, usual)
+            if value != usual and not kept:
+                raise _made_otherwise(f"{name}.{field.name}", value, usual)
+    _check_sampling(options, names, base)
+
+
+def _check_sampling(options: Mapping[str, Any], names: list[str], base: str) -> None:
+    """Raise a ValueError if the run had another scheduler or guidance scale than suits these controls now."""
+    now, then = sampling_of(names, base), sampling_with(names, base, options.get("presets"))
+    usual = own_sampling(base).guidance_scale if now.guidance_scale is None else now.guidance_scale
+    if options.get("scheduler") is None and then.scheduler != now.scheduler:
+        raise _made_otherwise("scheduler", then.scheduler, now.scheduler)
+    if options.get("guidance_scale") is None and then.guidance_scale not in (None, usual):
+        raise _made_otherwise("guidance_scale", then.guidance_scale, usual)
+
+
+def _made_otherwise(name: str, then: Any, now: Any) -> ValueError:
+    return ValueError(
+        f"The image was made with {name}={shown(then)}, and the page would make it with {shown(now)}; repeat it with "
+        "sample.py --from_json."
+    )
 
 
 def _label(names: list[str]) -> str:
@@ -141,6 +160,8 @@ def _parsed(setting: Setting, text: str) -> Any:
     """Return the text of a setting as the value of its field. ValueError for a text that is no such value."""
     if setting.kind == "bool":
         return text.lower() == "true"
+    if text == ABSENT and setting.kind.endswith("| None"):
+        return field_value(setting, None)
     try:
         if setting.kind == "int":
             return int(text)

@@ -14,7 +14,7 @@ from localctl.studio.shared_form import AUTO
 _EVERYWHERE = frozenset(
     (*HERE, *PLACES, "variant", "revision", "dtype", "batch_size", "save_steps", "prompt", "negative_prompt")
     + ("height", "width", "seeds", "num_inference_steps", "guidance_scale", "true_cfg_scale", "scheduler")
-    + ("max_sequence_length",)
+    + ("max_sequence_length", "presets")
     + tuple(f"controlnet_{name}" for name in ("image", "condition_image", "condition", "mask", "scale", "start", "end"))
     + tuple(f"ip_adapter_{name}" for name in ("image", "mask", "scale", "start", "end"))
     + ("guess_mode", "lora_scale", "lora_per_prompt")

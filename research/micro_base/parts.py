@@ -234,6 +234,8 @@ def build(args: argparse.Namespace) -> None:
         build_words(args, data)
     if "roles" in args.parts:
         build_roles(args, data)
+    elif args.denoiser == "unet" and (args.workdir / "roles.pt").exists():
+        print(f"The text encoder is {args.workdir / 'roles.pt'}, of an earlier --parts roles; without it, the CLIP's.")
     if "unet" in args.parts:
         build_unet(args, data, started)
     if "decoder" in args.parts:

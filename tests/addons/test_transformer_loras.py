@@ -88,6 +88,28 @@ def test_it_acts_on_the_command_line_beside_a_layout_and_the_record_repeats_it(
     assert not np.array_equal(styled["00_seed0.png"], pixels("plain")["00_seed0.png"])
 
 
+def test_it_may_change_a_convolution(family_folders: Folders, tmp_path: Path) -> None:
+    folder, family = family_folders("sd3"), FAMILIES["sd3"]
+    pipe: Any = load_pipeline(str(folder))
+    weight = pipe.transformer.pos_embed.proj.weight
+    torch.manual_seed(1)
+    state = {"A": torch.randn(2, *weight.shape[1:]), "B": torch.randn(len(weight), 2, 1, 1)}
+    for name, channels in (("own", 1), ("wide", 2)):
+        inside = {"A": state["A"].repeat(1, channels, 1, 1), "B": state["B"]}
+        save_file(
+            {f"transformer.pos_embed.proj.lora_{end}.weight": value for end, value in inside.items()},
+            tmp_path / f"{name}.safetensors",
+        )
+    shape = read_shape(BaseConfig(name=str(folder)))
+    find_lora(tmp_path / "own.safetensors").check(shape)
+    with pytest.raises(ValueError, match=f"proj for {2 * weight.shape[1]} .* takes {weight.shape[1]};"):
+        find_lora(tmp_path / "wide.safetensors").check(shape)
+    plain = run(family, pipe)
+    with with_loras(pipe, [tmp_path / "own.safetensors"]) as use:
+        use({"own": 1.0})
+        assert not torch.equal(run(family, pipe), plain)
+
+
 def test_what_does_not_fit_is_refused_before_the_base_is_loaded(
     family_folders: Folders,
     sd_pipe: Any,

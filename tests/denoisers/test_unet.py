@@ -63,6 +63,8 @@ def test_what_is_written_is_read(by_position: int, sd_pipe: StableDiffusionPipel
     ] * 2
     assert changed[1]["mid_block_additional_residual"] == 2
     assert len(args) == by_position and len(kwargs) == 3 - by_position and not values[0].any()
+    with pytest.raises(TypeError, match="'residual' is no change of a call's arguments; known are latents, text, res"):
+        denoiser.write((args, kwargs), **dict[str, Any](residual=[torch.ones(1)]))
 
 
 def test_pipelines_of_no_known_family_are_refused() -> None:

@@ -25,8 +25,9 @@ from localctl.control.presets import PRESETS
 from localctl.control.region_bias import RegionBias
 from localctl.control.spacetime import SpaceTimeAttention
 from localctl.jobs.files import save_record
-from localctl.jobs.prepare import prepare, reproducing_options
+from localctl.jobs.prepare import Job, prepare, reproducing_options
 from localctl.jobs.sheets import verdict
+from localctl.jobs.variants import make_controls
 from localctl.layout import Layout, Region
 from localctl.layout_io import load_layout, save_layout
 from localctl.metrics.clip import Clip
@@ -102,6 +103,7 @@ def test_a_comparison_generates_with_every_control_and_its_record_repeats_it(
     assert_same(pixels("again"), images)
 
 
+@pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize(
     "flags",
     [
@@ -110,18 +112,33 @@ def test_a_comparison_generates_with_every_control_and_its_record_repeats_it(
         "--sweep strength=0,1.5 outside_strength=0,.5",
     ],
 )
-def test_a_record_holds_the_presets_that_acted(flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    then = prepare(parse(["--layout", str(SCENE_FILE), *flags.split()]))
+def test_a_record_holds_the_presets_that_acted(
+    flags: str, known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether a later version has none or, where a setting had no value, has some."""
+
+    def job(argv: list[str], known: bool) -> Job:
+        with monkeypatch.context() as patch:
+            for name in () if known else ("PRESETS", "BESIDE", "SAMPLING"):
+                patch.setattr(f"localctl.control.presets.{name}", {})
+            return prepare(parse(argv))
+
+    then = job(["--layout", str(SCENE_FILE), *flags.split()], known)
     save_record(reproducing_options(then), [], tmp_path)
-    for name in ("PRESETS", "BESIDE", "SAMPLING"):  # of a later version
-        monkeypatch.setattr(f"localctl.control.presets.{name}", {})
-    now = prepare(parse(["--from_json", str(tmp_path)]))
+    now = job(["--from_json", str(tmp_path)], not known)
     acting = [
         [(one.label, one.controls, Sampling.of(job.options).over(one.sampling).over(job.own)) for one in job.variants]
         for job in (then, now)
     ]
     assert acting[0] == acting[1]
     assert now.options.presets == then.options.presets and "bias.strength=1.5" not in str(now.options.presets)
+
+
+def test_a_setting_that_may_be_absent_is_set_to_none() -> None:
+    (control,) = make_controls(["spacetime"], [("weight", "none")], "micro")
+    assert control == SpaceTimeAttention(**{**PRESETS["micro"]["spacetime"], "weight": None})
+    with pytest.raises(ValueError, match="end must be a number, not 'none'"):
+        make_controls(["spacetime"], [("end", "none")], "micro")
 
 
 def test_presets_of_a_record_are_checked_and_give_way_to_another_control(tmp_path: Path) -> None:
@@ -215,7 +232,7 @@ def test_the_embedded_base_is_sampled_as_suits_the_controls(workspace: Path) -> 
 
     ways, recorded = planned("--compare", "none", "bias", "bias+dense", "guidance+bias", "bias+forward")
     own, free = ("ddpm", 4.0), (None, None)
-    assert ways == {"none": free, "bias": own, "bias+dense": own, "guidance+bias": own, "bias+forward": free}
+    assert ways == {"none": free, "bias": own, "bias+dense": own, "guidance+bias": own, "bias+forward": own}
     assert recorded == {"scheduler": None, "guidance_scale": None}
     assert planned("--control", "bias")[1] == {"scheduler": "ddpm", "guidance_scale": 4.0}
     assert planned("--control", "none")[1] == {"scheduler": None, "guidance_scale": 2.0}

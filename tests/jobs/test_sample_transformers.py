@@ -172,7 +172,13 @@ def test_every_program_generates_with_the_guidance_that_a_base_states(
         assert (python.true_cfg_scale if name == "qwen_image" else python.guidance_scale) == stated
 
 
-@pytest.mark.parametrize("text", ["[]", "{", '{"guidance_scale": "2"}', '{"guidance_scale": 2, "scheduler": "ddim"}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("[]", "{", '{"guidance_scale": "2"}', '{"guidance_scale": 2, "scheduler": "ddim"}'),
+        *(f'{{"guidance_scale": {value}}}' for value in ("true", "-1", "NaN", "1" + "0" * 400)),
+    ],
+)
 def test_what_a_base_states_is_checked(
     here: Path, sd_folder: Path, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -202,8 +208,8 @@ def test_a_size_is_the_base_s_or_a_multiple_of_its_tokens(here: Path, family_fol
         ("sd3", "--true_cfg_scale 2", "A StableDiffusion3Pipeline takes no true_cfg_scale"),
         ("sd3", "--max_sequence_length=-1", "The max sequence length must be at least 0, not -1"),
         ("flux", "--max_sequence_length 513", "is 513, but a FluxPipeline reads at most 512 tokens of a prompt; low"),
-        ("flux", "--max_sequence_length 0", "is 0, with which a FluxPipeline reads no prompt; give at least 1"),
-        ("sd3", "--max_sequence_length 0", "is 0, with which a StableDiffusion3Pipeline reads no prompt"),
+        ("flux", "--max_sequence_length 0", "with which the last text encoder of a FluxPipeline reads no prompt; giv"),
+        ("sd3", "--max_sequence_length 0", "with which the last text encoder of a StableDiffusion3Pipeline reads no p"),
         ("z_image", "--max_sequence_length 225", "is 225, but a ZImagePipeline reads at most 224 tokens"),
         ("sd3", "--clip_skip 2", "--clip_skip must be a whole number from 0 to 1 with this base, not 2"),
         ("qwen_image", "--guidance_scale 4", "ignores --guidance_scale; give --true_cfg_scale in place of it"),
@@ -290,6 +296,10 @@ def test_distilled_bases_ignore_guidance(
         given = ["--base", str(changed(family_folders(name), here / name, file, change)), "--prompt", PROMPT]
         assert prepare(parse(given)).options.guidance_scale is None
         refused_early([*given, "--guidance_scale", "3"], "ignores --guidance_scale", monkeypatch, capsys)
+        (here / name / "localctl.json").write_text('{"guidance_scale": 2.0}')
+        refused_early(given, f"The file {here / name}/localctl.json states a guidance scale", monkeypatch, capsys)
+        with pytest.raises(ValueError, match="states a guidance scale, which this base ignores"):
+            generate(load_pipeline(str(here / name)), PROMPT, num_inference_steps=1)
 
 
 def test_sd3_without_t5_reads_clip_s_tokens_alone(here: Path, family_folders: Folders) -> None:

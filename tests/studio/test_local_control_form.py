@@ -152,7 +152,10 @@ def test_what_a_model_computed_in_training_is_computed_of_the_photo(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layout": ["scene.json"], "control": ["bias"]}, "made with --layout and --control, which the tab Local"),
+        (
+            {"layout": ["scene.json"], "control": ["bias"], "presets": {"bias": ["bias.strength=2.0"]}},
+            "made with --layout and --control, which the tab Local",
+        ),
         ({"clip_skip": 1}, "made with --clip_skip, which the tab Local control does not have"),
         ({"level_weights": ["1,1,1,0"]}, "--level_weights"),
         ({"prompt_weighting": False}, "--prompt_weighting"),
@@ -189,3 +192,10 @@ def test_another_size_than_the_photos_comes_back(photo: Path, tmp_path: Path) ->
 def test_a_canvas_that_no_page_sends_is_one_sentence_when_an_adapter_is_added(scene: Any) -> None:
     nothing_is_loaded: Any = None
     assert "job-failed" in FollowHandlers(nothing_is_loaded, ["scene"]).change_count(1)(scene)[-1]
+
+
+def test_a_job_without_an_image_ends_without_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FollowHandlers, "job", lambda self, request, ask: iter([("0 images", [])]))
+    nothing: Any = None
+    [(told, _, gallery)] = FollowHandlers(nothing, []).generate(nothing)
+    assert told == "0 images" and gallery["visible"] is False

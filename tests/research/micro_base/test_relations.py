@@ -149,7 +149,9 @@ def test_scenes_with_a_relation_are_sampled_as_often_as_asked(tmp_path: Path) ->
     assert float(focus.odds[related].sum()) >= 0.4 > float(plain.odds[related].sum())
 
 
-def test_a_text_encoder_of_its_own_is_trained_exported_and_continued_from(tmp_path: Path) -> None:
+def test_a_text_encoder_of_its_own_is_trained_exported_and_continued_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.manual_seed(0)
     tokenizer, base = new_tokenizer(), tmp_path / "base"
     export(base, new_vae(), new_clip(tokenizer), tokenizer, new_unet())
@@ -160,6 +162,9 @@ def test_a_text_encoder_of_its_own_is_trained_exported_and_continued_from(tmp_pa
     assert any(not torch.equal(encoders[0][name], encoders[1][name]) for name in encoders[0])
     clips = [load_file(folder / "clip" / "model.safetensors") for folder in (base, second)]
     assert all(torch.equal(clips[0][name], clips[1][name]) for name in clips[0]), "the CLIP keeps its own tower"
+    assert "The text encoder is" not in capsys.readouterr().out
+    assert main([*common, str(base), "--parts", "export", "--output_dir", str(tmp_path / "again")]) == 0
+    assert "The text encoder is" in capsys.readouterr().out
     third, work = tmp_path / "third", ["--workdir", str(tmp_path / "work2")]
     assert main([*work, "--continue_from", str(second), "--parts", "export", "--output_dir", str(third)]) == 0
     kept = load_file(third / "text_encoder" / "model.safetensors")
