@@ -127,7 +127,7 @@ def _own_defaults(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f'The file {path} says {shown(stated)}; a base states its guidance scale, {{"guidance_scale": 2.0}}.'
         )
-    return {"guidance_scale": float(stated["guidance_scale"])}
+    return {"guidance_scale": float(scale)}
 
 
 def is_hub_id(name: str) -> bool:

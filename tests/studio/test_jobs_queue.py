@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
+from localctl.files import not_written
+from localctl.jobs.files import save
 from localctl.studio.config import StudioConfig
 from localctl.studio.jobs_queue import JobQueue, Made, Stopped, Waiting, sentence
 from localctl.studio.sessions import Session
@@ -142,6 +146,9 @@ def test_a_bug_is_logged_and_its_text_is_not_shown(caplog: Any) -> None:
     told = sentence(KeyError("/home/me/secret"))
     assert "KeyError" in told and "secret" not in told
     assert "a job of the studio failed" in caplog.text
-    assert sentence(OSError(28, "No space left on device")) == (
-        "A file could not be read or written (No space left on device)."
-    )
+    full = OSError(28, "No space left on device")
+    for error in (full, not_written(Path("/home/me/secret"), full)):
+        assert sentence(error) == "A file could not be read or written (No space left on device)."
+    with pytest.raises(OSError, match="/home/me/gone/a.png could not be written") as unwritable:
+        save(Image.new("L", (1, 1)), Path("/home/me/gone/a.png"))
+    assert sentence(unwritable.value) == "A file could not be read or written (No such file or directory)."

@@ -314,32 +314,6 @@ def test_a_run_that_the_page_cannot_show_is_one_sentence(tmp_path: Path) -> None
         values_of({"layout": layout, "control": ["bias", "forward"]}, "micro", (64, 64))
 
 
-@pytest.mark.parametrize(
-    ("base", "options", "message"),
-    [
-        ("micro", {"presets": {"spacetime": ["spacetime.weight=none"]}}, "spacetime.weight=None, .* make it with 1.0"),
-        ("sd15", {"set": ["weight=0.5"]}, "spacetime.weight=0.5, and the page would make it with None"),
-        ("micro", {"presets": {"spacetime": ["scheduler=none"]}}, "scheduler=None, .* make it with 'ddpm'"),
-        ("micro", {"presets": {"spacetime": ["scheduler=ddpm", "guidance_scale=3.0"]}}, "guidance_scale=3.0, .* 4.0"),
-        ("micro", {"compare": ["none"], "presets": {"none": ["guidance_scale=7.5"]}}, "guidance_scale=7.5, .* 2.0"),
-    ],
-)
-def test_an_image_that_the_page_would_make_otherwise_is_refused(
-    tmp_path: Path, base: str, options: dict[str, Any], message: str
-) -> None:
-    made = {**settings(tmp_path), "control": ["spacetime"], "set": None}
-    with pytest.raises(ValueError, match=f"The image was made with {message}"):
-        values_of({**made, **options}, base, (64, 64))
-
-
-def test_an_image_of_other_presets_brings_them_back(tmp_path: Path) -> None:
-    made = {**settings(tmp_path), "control": ["spacetime"], "set": None}
-    then = ["spacetime.weight=0.25", "spacetime.mix=released", "scheduler=ddpm", "guidance_scale=4.0"]
-    assert values_of({**made, "presets": {"spacetime": then}}, "micro", (64, 64))["spacetime.weight"] == 0.25
-    absent = {"spacetime": ["spacetime.weight=none", "scheduler=none", "guidance_scale=7.5"]}
-    assert values_of({**made, "presets": absent}, "sd15", (64, 64))["spacetime.weight"] == 0.5  # as for no value
-
-
 def test_an_odd_record_is_one_sentence(tmp_path: Path) -> None:
     layout = settings(tmp_path)["layout"]
     for text in ("strong", ""):
