@@ -62,7 +62,8 @@ FULL = """
 - `best` is the same training as `full` and as the plain T2I-Adapter, bit for bit, for masks of the whole image hide
   nothing: seeds 0 and 1 go on from their checkpoints, seed 2 was trained once for all. So the cost of the mask is that
   for the same weights. The local term was to be added to it in the second half, on whole images, with a weight of 0.3;
-  this was not trained, as a training of half the length gained too little on the validation scenes ([log.md](log.md)).
+  this was not claimed, as single trainings of half and of full length gained too little or nothing on the validation
+  scenes ([log.md](log.md)).
 """
 SHORT = """
 - These trainings have 250 of the 700 steps of `python train_adapter.py` on the embedded base, as computing time was
