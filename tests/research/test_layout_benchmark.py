@@ -100,6 +100,7 @@ def test_methods_are_labeled_as_for_compare_and_grids_cover_all() -> None:
         "none ddpm 4",
         "bias",
         "dense",
+        "forward",
         "bias+dense",
         "bias+guidance",
     }
