@@ -27,7 +27,7 @@ from localctl.settings import (
     TIMESTEP_SAMPLINGS,
 )
 from localctl.training.settings import LR_SCHEDULERS, TrainSettings
-from research.layout_predictor.settings import SOURCES, LayoutTrainSettings
+from research.layout_predictor.settings import LayoutTrainSettings
 
 CHOICES: dict[str, Any] = {
     "base.name": BASES,
@@ -76,7 +76,7 @@ def test_the_words_name_every_choice() -> None:
     texts = explained(FidSettings())
     assert all(choice in texts["extractor"] for choice in EXTRACTORS)
     assert all(choice in texts["prompts"] for choice in PROMPTS)
-    assert all(choice in explained(LayoutTrainSettings())["data.name"] for choice in SOURCES)
+    assert all(choice in explained(LayoutTrainSettings())["data.name"] for choice in ("micro", "coco"))
 
 
 def test_every_filter_of_the_loss_is_there() -> None:
