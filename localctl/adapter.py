@@ -14,13 +14,13 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from localctl.masks import MASK_RESIZE, grow_mask, mask_feature
-from localctl.settings import ADAPTER_TYPES
+from localctl.settings import ADAPTER_TYPES, MAX_MARGIN
 from localctl.sizes import shown
 from localctl.token_adapter import TokenAdapter
 
 TOKENS, TOKEN_WIDTH = "token_adapter", 384  # the type of adapters for transformers, and its default width
 # Bounds on the modules that an untrusted config can build. Published adapters have up to 8e7 weights in 4 or 5 levels.
-MAX_WEIGHTS, MAX_LEVELS, MAX_BLOCKS, MAX_FACTOR, MAX_MARGIN = 500_000_000, 8, 64, 64, 4096
+MAX_WEIGHTS, MAX_LEVELS, MAX_BLOCKS, MAX_FACTOR = 500_000_000, 8, 64, 64
 
 
 class LocalAdapter(ModelMixin, ConfigMixin):

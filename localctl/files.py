@@ -102,8 +102,9 @@ def writing(path: Path) -> Iterator[BinaryIO]:
 
 def not_written(path: Path, error: OSError, why: str = "") -> OSError:
     """Make the error for a file that could not be written; its ``strerror`` is the reason alone, without the path."""
-    found = OSError(f"{path} could not be written: {why or error.strerror or first_line(error)}")
-    found.strerror = why or error.strerror or first_line(error)
+    reason = why or error.strerror or first_line(error)
+    found = OSError(f"{path} could not be written: {reason}")
+    found.strerror = reason
     return found
 
 

@@ -30,6 +30,7 @@ Quantization = Literal["bitsandbytes_8bit", "bitsandbytes_4bit", "torchao_int8"]
 ReportTo = Literal["tensorboard", "wandb", "all", "none"]
 
 ADAPTER_TYPES: tuple[str, ...] = get_args(AdapterType)
+MAX_MARGIN = 4096  # pixels by which an adapter may grow its mask
 CHANNELS: dict[str, int] = {
     **{"canny": 1, "sobel": 1, "palette": 3, "depth": 1, "normals": 3, "segmentation": 3, "pose": 3},
     **{"hed": 1, "lineart": 1, "column": 3},

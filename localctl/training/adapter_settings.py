@@ -9,7 +9,7 @@ from pydantic import Field
 
 from localctl.base_specs import BaseSpec
 from localctl.records import Finite, Positive, Rate, record
-from localctl.settings import AdapterType, ConditionSpace, MaskResize
+from localctl.settings import MAX_MARGIN, AdapterType, ConditionSpace, MaskResize
 
 # What null stands for in an adapter that continues no other one of ours.
 MASKING = {"mask_condition": False, "mask_features": True, "dim_condition": False, "unconditional_scale": 1.0}
@@ -57,7 +57,7 @@ class AdapterConfig:
     dim_condition: bool | None = None
     level_weights: tuple[Rate, ...] | None = None
     unconditional_scale: Finite | None = None
-    mask_margin: Annotated[int, Field(ge=0, le=4096)] | None = None
+    mask_margin: Annotated[int, Field(ge=0, le=MAX_MARGIN)] | None = None
 
     def __post_init__(self) -> None:
         if self.mask_margin and self.mask_features is False:

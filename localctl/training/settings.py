@@ -259,8 +259,8 @@ class TrainSettings:
         """Return the settings with the defaults of a base whose files had yet to be fetched."""
         shown = [(part.guidance_scale, part.scheduler) for part in (self.validation, self.early_stopping)]
         taken = (*(getattr(self.adapter, name) for name in OF_ADAPTER), self.proportion_full_masks)
-        masked = self.adapter_model_name_or_path or None not in taken or None
-        if None not in (self.timestep_sampling, masked, *shown[0], *shown[1]):
+        of_masks = () if self.adapter_model_name_or_path else taken  # of an adapter that is continued they come from it
+        if None not in (self.timestep_sampling, *of_masks, *shown[0], *shown[1]):
             return self
         found = replace(self)
         found._take(self.base_defaults)
