@@ -57,7 +57,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="steps of the part roles, a copy of the text tower that tells the sides of related objects",
     )
     add("--decoder_steps", type=int, default=900, help="steps of the decoder alone, on the cached latents")
-    add("--clip_vision_steps", type=int, default=500, help="steps of the vision tower alone")
+    add(
+        "--clip_vision_steps",
+        type=int,
+        default=500,
+        help="steps of the vision tower, and of the text tower where the U-Net has a text encoder of its own",
+    )
     _add_unet(parser)
     add("--bf16", action="store_true", help="compute the denoiser in bfloat16")
     add("--device", default="cpu", help="device for encoding and the U-Net: cpu, cuda or auto; other parts use the CPU")

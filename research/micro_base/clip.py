@@ -142,18 +142,19 @@ def train_clip(
     folder: Path,
     batch: int = 128,
     model: CLIPModel | None = None,
+    tune_text: bool = False,
 ) -> tuple[CLIPModel, bool]:
     """Train a new CLIP, or tune ``model``; return it, and whether all steps are done.
 
-    A given model keeps its text tower, as the U-Net was trained on its states: the vision tower and both projections
-    are tuned.
+    tune_text: also the text tower of ``model``; if not, the vision tower and both projections alone, for a U-Net that
+    was trained on the states of the text tower.
     """
     torch.manual_seed(config.seed)
     name = "clip" if model is None else "clip_vision"
     if model is None:
         model = new_clip(tokenizer)
     else:
-        model.text_model.requires_grad_(False)
+        model.text_model.requires_grad_(tune_text)
 
     def loss_fn(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
         cache = caches[0] if rng.random() < 0.85 else caches[-1]

@@ -199,8 +199,9 @@ def build_decoder(args: argparse.Namespace, data: TrainingScenes) -> bool:
 
 def build_clip_vision(args: argparse.Namespace, data: TrainingScenes) -> bool:
     tokenizer, clip, _ = load(args, data)
-    config = LoopConfig(steps=args.clip_vision_steps, learning_rate=5e-4, weight_decay=0.05, minutes=args.minutes)
-    return train_clip(data.both, tokenizer, config, args.workdir, model=clip)[1]
+    config = LoopConfig(steps=args.clip_vision_steps, learning_rate=7e-4, weight_decay=0.05, minutes=args.minutes)
+    is_free = digest("", load_text(args, clip)) != digest("", text_tower(clip))  # the U-Net has its own text encoder
+    return train_clip(data.both, tokenizer, config, args.workdir, model=clip, tune_text=is_free)[1]
 
 
 def build_export(args: argparse.Namespace, data: TrainingScenes) -> int:

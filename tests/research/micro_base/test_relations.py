@@ -171,6 +171,22 @@ def test_a_text_encoder_of_its_own_is_trained_exported_and_continued_from(
     assert all(torch.equal(kept[name], encoders[1][name]) for name in kept)
 
 
+def test_the_text_tower_of_the_clip_is_tuned_only_where_the_unet_has_another(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tokenizer, base = new_tokenizer(), tmp_path / "base"
+    clip, other = new_clip(tokenizer), text_tower(new_clip(tokenizer))
+    for text, moves in ((None, False), (other, True)):
+        export(base, new_vae(), clip, tokenizer, new_unet(), text=text)
+        work = ["--workdir", str(tmp_path / f"work_{moves}"), "--scenes", "40", "--continue_from", str(base)]
+        out = ["--parts", "clip_vision", "export", "--clip_vision_steps", "2", "--output_dir", str(tmp_path / "out")]
+        assert main([*work, *out]) == 0
+        before, after = (load_file(folder / "clip" / "model.safetensors") for folder in (base, tmp_path / "out"))
+        changed = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
+        assert "vision_model" in changed and ("text_model" in changed) == moves
+        texts = [load_file(folder / "text_encoder" / "model.safetensors") for folder in (base, tmp_path / "out")]
+        assert all(torch.equal(texts[0][name], texts[1][name]) for name in texts[0])
+
+
 @pytest.mark.slow
 def test_the_states_tell_the_sides_after_training(tmp_path: Path) -> None:
     torch.manual_seed(0)
