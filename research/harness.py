@@ -37,8 +37,9 @@ from research.bases import sha256_of_base
 logger = logging.getLogger(__name__)
 PROFILE, SPLIT = "basic", "test"  # of the scenes in all studies
 DIGITS = 5  # after the point, in stored figures
-# The embedded base before its second training, of which results without a hash of the base are.
+# Results without a hash of the base are of the first generation of the embedded one.
 FIRST_BASE = "c80829270fb096f8b84b10ee24900c06db48b1fbb8533e3be8b221d5f2b785ab"
+FORMER_BASES = {FIRST_BASE: "first", "4b0df551dd8ee43143c3b32146d75525cf83d8d0cd09358266de65024e6a4b23": "second"}
 
 
 @dataclass(frozen=True)
@@ -335,6 +336,6 @@ def provenance(
     }
 
 
-def of_first_base(asked: Mapping[str, Any]) -> bool:
-    """Return whether a result was measured on the embedded base before its second training."""
-    return asked["protocol"]["base"] == "micro" and asked.get("base_sha256", FIRST_BASE) == FIRST_BASE
+def former_base(asked: Mapping[str, Any]) -> str | None:
+    """Return the generation of the embedded base that a result is of, None if it is not a former one."""
+    return FORMER_BASES.get(asked.get("base_sha256", FIRST_BASE)) if asked["protocol"]["base"] == "micro" else None

@@ -15,7 +15,7 @@ from localctl.evaluation.provenance import write_text
 from localctl.evaluation.tables import head, line
 from localctl.metrics.bootstrap import Interval, bootstrap
 from localctl.micro.detect import VERSION
-from research.harness import of_first_base, reader_version
+from research.harness import former_base, reader_version
 
 
 def interval(values: np.ndarray) -> Interval | None:
@@ -75,13 +75,13 @@ def reader_note(asked: Mapping[str, Any], begin: str = "Read") -> list[str]:
 
 
 def base_note(asked: Mapping[str, Any]) -> list[str]:
-    """Return a note for results that were measured on the embedded base before its second training, else no lines."""
-    if not of_first_base(asked):
+    """Return a note for results that were measured on a former generation of the embedded base, else no lines."""
+    generation = former_base(asked)
+    if generation is None:
         return []
     return [
-        "*All figures and images of this page are of the first generation of the embedded base, before its second",
-        "training ([what that gained](results.md#the-base-itself)). They were not measured again with the base that is",
-        "shipped now.*",
+        f"*All figures and images of this page are of the {generation} generation of the embedded base ([what came",
+        "after](results.md#the-base-itself)). They were not measured again with the base that is shipped now.*",
         "",
     ]
 

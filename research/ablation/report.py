@@ -11,7 +11,7 @@ from research.ablation.figures import CONTROL, Figures, read_figures
 from research.ablation.rows import FLOOR, ROWS, WITHOUT, Protocol, Row, row_cells
 from research.ablation.study import CONDITIONS
 from research.ablation.sweep import sweep_section
-from research.harness import of_first_base
+from research.harness import former_base
 from research.page import (
     base_note,
     cell,
@@ -35,47 +35,6 @@ OF_GUIDANCE = ("f1", CONTROL, "leak", "color_in", "object_in", "color_out", "obj
 COMPARED = ("f1", "ssim", "lfmse_in", "leak", "color_in", "object_in", "region_accuracy", "clip_score")
 
 
-FULL = """
-- Each training has the budget of `python train_adapter.py` on the embedded base: 700 steps of 8 scenes, learning rate
-  3e-3, cosine. Earlier ones, of 250 steps, are in [ablation_250.md](ablation_250.md).
-- Choices are made on 60 validation scenes with seed 0 ([ablation_choices.md](ablation_choices.md)), at most four
-  trainings. Claims are measured on 100 test scenes, 200 if the time allows, with seeds 0, 1 and 2 of training.
-- The local term begins in the second half of the training (`loss.start=0.5`), as decoding nearly doubles the time of a
-  step: 0.9 s of CPU time, not 0.5 s. The first half is that of the twin without it, bit for bit, and was trained once
-  for seeds 1 and 2. Its weight is 0.1, and `mask_resize` is cover, as in the trainings of 250 steps.
-- Claimed are the best setting with a local term, the same without it, and a plain T2I-Adapter. Each is sampled with
-  the features on the rows of the prompt alone (`unconditional_scale=0`) and on all rows; the former decides.
-- Added later, before anything of it was measured on test scenes: `cover` trained with masks of the whole image
-  (`proportion_full_masks=1`), which was chosen on the validation scenes, is sampled in both ways. The features do not
-  depend on the mask, so its first 650 steps are those of the plain T2I-Adapter, bit for bit, and were trained once. On
-  all rows it becomes the default if against `cover` the F1 gains with an interval above 0, and no interval of `leak`,
-  `color_in`, `object_in` or the CLIP score shows a loss; so does `unconditional_scale=0` if `full_prompt` against
-  `cover` does. The claim of strong defaults is of what is the default then.
-- Added last, again before any test scene: `best`. It is `full_prompt` with the mask of the features grown by 8 pixels,
-  one cell of the latents (`mask_margin=8`), chosen on 120 validation scenes, where it gained 0.01 and 0.03 of control
-  in two trainings and left the leak at 0 ([log.md](log.md)). It becomes the default if the three conditions of strong
-  defaults below hold for it with seeds 0, 1 and 2. This replaces the rule above, by which no interval may show a loss:
-  with enough scenes no stronger control could pass it, as it allows no price at all, and the conditions below state
-  the price that was accepted from the start. What `best` costs against `cover` stands above.
-- Added when `best` had missed one of the three conditions on the test scenes, and before `best_all` was generated
-  there: the same adapters sampled on all rows become the default by the rule of `full`, if they pass it.
-- `best` is the same training as `full` and as the plain T2I-Adapter, bit for bit, for masks of the whole image hide
-  nothing: seeds 0 and 1 go on from their checkpoints, seed 2 was trained once for all. So the cost of the mask is that
-  for the same weights. The local term was to be added to it in the second half, on whole images, with a weight of 0.3;
-  this was not claimed, as single trainings of half and of full length gained too little or nothing on the validation
-  scenes ([log.md](log.md)).
-"""
-SHORT = """
-- These trainings have 250 of the 700 steps of `python train_adapter.py` on the embedded base, as computing time was
-  short; those of all steps are in [ablation.md](ablation.md). 8 scenes a step, learning rate 3e-3, cosine.
-- Choices are made on 60 validation scenes ([ablation_choices_250.md](ablation_choices_250.md)), claims are measured on
-  100 test scenes, with seeds 0, 1 and 2 of training.
-- The weight of the edges, 0.1, and the noise at which they count were set by the gradients of one adapter
-  ([log.md](log.md)); a weight of 0.5 was compared on validation scenes after the first seed of 0.1 was measured, and
-  not taken. The table of guidance is of the example adapter of that time: 700 steps, `mask_resize` area.
-"""
-
-
 def write_report(results: Path, page: Path) -> str:
     """Write ``page``, and its figures into the folder named like it; return the text.
 
@@ -87,7 +46,7 @@ def write_report(results: Path, page: Path) -> str:
         page,
         _introduction(figures, page),
         _sentence(figures),
-        [] if of_first_base(figures.base["asked"]) else _protocol(figures),
+        [] if former_base(figures.base["asked"]) == "first" else _protocol(figures, results),
         _rows_section(figures, page),
         _guidance_section(figures),
         _seeds_section(figures),
@@ -99,11 +58,11 @@ def write_report(results: Path, page: Path) -> str:
     )
 
 
-def _protocol(figures: Figures) -> list[str]:
-    """Return what was decided before the trainings, and what came of it."""
-    rules = SHORT if _steps(figures) else FULL
-    decided = ["## Protocol", "", "Written before these trainings.", "", *rules.strip().splitlines()]
-    return [*decided, *CLAIMS.splitlines(), "", *claims_section(figures)]
+def _protocol(figures: Figures, results: Path) -> list[str]:
+    """Return what was decided before the trainings, in a file beside their results, and what came of it."""
+    file = results / "protocol.md"
+    decided = ["Written before these trainings.", "", *file.read_text().strip().splitlines()] if file.is_file() else []
+    return ["## Protocol", "", *decided, *CLAIMS.splitlines(), "", *claims_section(figures)]
 
 
 def _steps(figures: Figures) -> int | None:
@@ -138,7 +97,7 @@ def _introduction(figures: Figures, page: Path) -> list[str]:
 def _command(figures: Figures) -> str:
     """Return the command that makes the page, but for ``--report``."""
     protocol, own = figures.base["asked"]["protocol"], Protocol().plain()
-    if of_first_base(figures.base["asked"]):
+    if former_base(figures.base["asked"]) == "first":
         return "python -m research.ablation"
     flags = [
         f"--{name} {protocol[name]}" for name in ("part", "count", "references") if protocol.get(name) != own.get(name)
