@@ -178,7 +178,7 @@ def _add_region_flags(parser: argparse.ArgumentParser) -> None:
     add("--control", metavar="NAME", help=f"{names}, or several; default: bias")
     add("--set", metavar="NAME=VALUE", help="settings of the controls, such as strength=0.6")
     add("--sweep", metavar="NAME=V,V", help="vary one or two settings: a labelled grid per image")
-    add("--compare", metavar="NAME", help="all, or names, with + for several together: side by side")
+    add("--compare", metavar="NAME", help="names, with + for several together, or all: side by side")
 
 
 def _add_size_flags(parser: argparse.ArgumentParser) -> None:
