@@ -76,8 +76,13 @@ def test_images_of_a_run_that_did_not_end_are_kept(plain: list[str], monkeypatch
     before = pixels("out")
     assert sample.main([*plain, "--prompt", "c d"]) == 0
     assert_same(pixels("out/earlier_1"), before)
+    before = pixels("out")
     with monkeypatch.context() as patch:
         patch.setattr(localctl.jobs.run, "load_models", full)
+        assert sample.main(plain) == 1
+    assert_same(pixels("out"), before)
+    with monkeypatch.context() as patch:
+        patch.setattr(localctl.jobs.run, "generate_job", full)
         assert [sample.main(plain), sample.main(plain)] == [1, 1]  # without an image, there is nothing to keep
     assert sorted(path.name for path in Path("out").glob("earlier*")) == ["earlier_1", "earlier_2"]
 
