@@ -159,7 +159,7 @@ def set_aside(folder: Path, patterns: Sequence[str]) -> Path | None:
             path.rename(target)
         except OSError as error:
             raise OSError(
-                f"{path} is of an earlier run and cannot be moved to {target} ({error.strerror}); choose another folder."
+                f"{path} is of an earlier run and cannot be moved to {target} ({error.strerror}); choose another one."
             ) from error
     return aside
 
