@@ -99,7 +99,5 @@ def test_files_of_an_earlier_run_are_moved_and_no_others(tmp_path: Path, monkeyp
 
     (folder / "a.png").write_text("new")
     monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(
-        OSError, match="a.png is of an earlier run and cannot be moved to .* [(]Operation not"
-    ):
+    with pytest.raises(OSError, match="a.png is of an earlier run and cannot be moved to .* [(]Operation not"):
         set_aside(folder, ("a.png",))
