@@ -15,7 +15,7 @@ from localctl.evaluation import fid
 from localctl.evaluation.compare import Comparison, compare
 from localctl.evaluation.scorer import make_scorer
 from localctl.evaluation.settings import FidSettings
-from localctl.launchers import read_mpi
+from localctl.launchers import read_launcher
 from localctl.messages import log_to_screen
 from localctl.metrics.clip import Clip
 from localctl.metrics.extractors import MICRO_CLIP
@@ -134,6 +134,6 @@ def _shown(say: Say | None, **options: bool) -> Iterator[None]:
     if say is not None:
         text = 'say= is deprecated; add a handler to logging.getLogger("localctl") instead.'
         warnings.warn(text, DeprecationWarning, stacklevel=4)
-    read_mpi()
+    read_launcher()
     with log_to_screen(say, **options):
         yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -139,6 +140,28 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def set_aside(folder: Path, patterns: Sequence[str]) -> Path | None:
+    """Move the files in ``folder`` that match one of the glob ``patterns`` to a new subfolder of it, ``earlier_1`` or
+    the next number that is free. Return the subfolder, or None if there are no such files. Links stay, and so does what
+    lies behind one. OSError naming a file that cannot be moved."""
+    real = folder.resolve()
+    matching = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    found = sorted(path for path in matching if path.resolve() == real / path.relative_to(folder))
+    if not found:
+        return None
+    aside = next(path for n in itertools.count(1) if not os.path.lexists(path := folder / f"earlier_{n}"))
+    for path in found:
+        target = aside / path.relative_to(folder)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+        except OSError as error:
+            raise OSError(
+                f"{path} is of an earlier run and cannot be moved to {target} ({error.strerror}); choose another one."
+            ) from error
+    return aside
 
 
 def replace_folder(source: Path, target: Path) -> None:

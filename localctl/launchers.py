@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import time
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 _TORCHRUN, _ACCELERATE = "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"  # set by the launchers
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # of torchrun and `accelerate launch`: ATTEMPT/RANK/error.json
-_STARTED = time.time()
 _HERE, _PORT = "127.0.0.1", "29500"  # the port is torchrun's own default
 # Variables of torch -> those of Open MPI, of MPICH and Intel MPI, and of MVAPICH.
 _OF_MPI = {
@@ -19,6 +19,7 @@ _OF_MPI = {
     "LOCAL_RANK": ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_LOCAL_RANK"),
     "LOCAL_WORLD_SIZE": ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_LOCAL_SIZE"),
 }
+_RAY = "RAY_ADDRESS"  # of a command that Ray runs once, within a step of SLURM that starts Ray on all nodes
 
 
 def launcher() -> int | None:
@@ -38,24 +39,56 @@ def _is_accelerate(pid: int) -> bool:
         return True
 
 
-def read_mpi(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Set torch's variables of processes for one that ``mpirun`` started among others, where WORLD_SIZE is not set.
+def read_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set torch's variables of processes for one that ``mpirun`` or ``srun`` started among others, where WORLD_SIZE is
+    not set.
 
-    For programs, as one of their first actions. On one machine the processes meet there, at torchrun's own port.
+    For programs, as one of their first actions. Processes of ``mpirun`` on one machine meet there, at torchrun's own
+    port; those of ``srun`` on the first machine of their step.
     """
-    found = {name: next(filter(None, map(environment.get, names)), None) for name, names in _OF_MPI.items()}
-    if "WORLD_SIZE" in environment or not (found["WORLD_SIZE"] or "").isdigit() or found["WORLD_SIZE"] == "1":
+    of_mpi = {name: next(filter(None, map(environment.get, names)), "") for name, names in _OF_MPI.items()}
+    of_slurm = _read_slurm(environment)
+    same = all(of_mpi[name] == of_slurm.get(name) for name in ("WORLD_SIZE", "RANK"))  # srun's own PMI says less
+    found = of_mpi if of_mpi["WORLD_SIZE"] and not same else of_slurm
+    if "WORLD_SIZE" in environment or not found.get("WORLD_SIZE", "").isdigit() or found["WORLD_SIZE"] == "1":
         return
     if found["LOCAL_WORLD_SIZE"] == found["WORLD_SIZE"]:
-        found |= {"MASTER_ADDR": _HERE, "MASTER_PORT": _PORT}
+        found |= {"MASTER_ADDR": _HERE, "MASTER_PORT": found.get("MASTER_PORT", _PORT)}
     for name, value in found.items():
-        if value is not None:
+        if value:
             environment.setdefault(name, value)
+
+
+def _read_slurm(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return torch's variables for a task of ``srun``; none for any other process, as the script of a batch job. The
+    port is one of the step's own, as several may share a machine."""
+    step, job = environment.get("SLURM_STEP_ID", ""), environment.get("SLURM_JOB_ID", "")
+    if _RAY in environment or not (step.isdigit() and job.isdigit()):
+        return {}
+    nodes = re.sub(r"\[(\w+)[^]]*]", r"\1", environment.get("SLURM_STEP_NODELIST", ""))  # gpu[03-05,9],cpu1
+    tasks = environment.get("SLURM_GTIDS", "")  # those on this machine, with commas between
+    return {
+        "WORLD_SIZE": environment.get("SLURM_STEP_NUM_TASKS", ""),
+        "RANK": environment.get("SLURM_PROCID", ""),
+        "LOCAL_RANK": environment.get("SLURM_LOCALID", ""),
+        "LOCAL_WORLD_SIZE": str(len(tasks.split(","))) if tasks else "",
+        "MASTER_ADDR": nodes.partition(",")[0],
+        "MASTER_PORT": str(20000 + (int(job) * 31 + int(step)) % 10000),
+    }
 
 
 def is_first() -> bool:
     """Return whether this is the first process that torchrun or ``mpirun`` started, or the only one."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def _began() -> float:
+    """Return when this process began, in seconds since the epoch; now, if the system does not say."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # since the machine started
+    except OSError:
+        return time.time()
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def tells(text: str, follows: bool = False) -> bool:
@@ -69,7 +102,7 @@ def tells(text: str, follows: bool = False) -> bool:
     folder, name = Path(os.environ[_ERROR_FILE]).parents[1], "localctl_told_"
     try:
         for mark in folder.glob(f"{name}*"):
-            if mark.stat().st_mtime < _STARTED:  # of a program that the processes ran before
+            if mark.stat().st_mtime < _began():  # of a program that the processes ran before
                 mark.unlink(missing_ok=True)
             elif follows:
                 return False

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from localctl.distributed import LostProcess
-from localctl.launchers import _is_accelerate, launcher, read_mpi, tells
+from localctl.launchers import _is_accelerate, launcher, read_launcher, tells
 from localctl.messages import fail
 
 OPEN_MPI = {f"OMPI_COMM_WORLD_{name}": value for name, value in {"SIZE": "4", "RANK": "3"}.items()}
@@ -64,14 +65,53 @@ def test_who_sets_the_variables_of_accelerate_is_not_taken_for_it(monkeypatch: p
 )
 def test_processes_of_mpi_are_told_as_torch_s(given: dict[str, str], added: dict[str, str]) -> None:
     environment = dict(given)
-    read_mpi(environment)
+    read_launcher(environment)
     assert environment == {**given, **added}
 
 
 def test_on_one_machine_they_meet_there() -> None:
     environment = {**OPEN_MPI, **LOCAL, "OMPI_COMM_WORLD_LOCAL_SIZE": "4", "MASTER_PORT": "1234"}
-    read_mpi(environment)
+    read_launcher(environment)
     assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("127.0.0.1", "1234")
+
+
+# Two machines of two tasks each, with the other job of the same user on one of them.
+SLURM = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}
+SLURM |= {"SLURM_LOCALID": "1", "SLURM_GTIDS": "2,3", "SLURM_STEP_NODELIST": "gpu[09-11,20]-ib,cpu1"}
+
+
+def test_tasks_of_srun_are_told_as_torch_s_and_meet_on_the_first_machine() -> None:
+    environment = dict(SLURM)
+    read_launcher(environment)
+    added = {name: value for name, value in environment.items() if name not in SLURM}
+    port = added.pop("MASTER_PORT")
+    assert added == {**JOINED, "MASTER_ADDR": "gpu09-ib"} and 20000 <= int(port) < 30000
+    other = {**SLURM, "SLURM_STEP_ID": "2", "SLURM_STEP_NODELIST": "one,two"}
+    read_launcher(other)
+    assert other["MASTER_ADDR"] == "one" and other["MASTER_PORT"] != port
+    alone = {**SLURM, "SLURM_GTIDS": "0,1,2,3", "SLURM_STEP_NODELIST": ""}
+    read_launcher(alone)
+    assert (alone["MASTER_ADDR"], alone["MASTER_PORT"], alone["LOCAL_WORLD_SIZE"]) == ("127.0.0.1", port, "4")
+    with_pmi = {**SLURM, "PMI_SIZE": "4", "PMI_RANK": "3"}  # as `srun --mpi=pmi2` sets them
+    read_launcher(with_pmi)
+    assert with_pmi == {**environment, "PMI_SIZE": "4", "PMI_RANK": "3"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "added"),
+    [
+        ({"SLURM_STEP_ID": "", "SLURM_NTASKS": "4"}, {}),  # the script of a batch job, which is one process
+        ({"SLURM_STEP_NUM_TASKS": "1"}, {}),
+        ({"WORLD_SIZE": "8"}, {}),  # torchrun within srun
+        ({"RAY_ADDRESS": "gpu09:6379"}, {}),  # `srun ray symmetric-run ... -- localctl cache`
+        ({"SLURM_PROCID": "1", **OPEN_MPI, **LOCAL}, JOINED),  # mpirun, which starts its own servers by srun
+    ],
+)
+def test_only_tasks_of_srun_themselves_are_joined(changed: dict[str, str], added: dict[str, str]) -> None:
+    given = {**SLURM, **changed}
+    environment = dict(given)
+    read_launcher(environment)
+    assert environment == {**given, **added}
 
 
 def test_an_error_that_several_processes_have_is_told_by_one(
@@ -105,3 +145,11 @@ def test_a_second_program_of_the_same_launcher_tells_its_error(tmp_path: Path, m
         assert tells("the disk is full", follows) and not tells("the disk is full", follows)
         for mark in tmp_path.iterdir():
             os.utime(mark, (0, 0))  # as if this process had started later
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the system does not say when a process began")
+def test_the_time_is_that_of_the_process_not_of_an_import() -> None:
+    before = time.time()
+    code = "import time; time.sleep(0.3); from localctl.launchers import _began; print(_began())"
+    began = float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
+    assert before - 0.05 < began < before + 0.3

@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
-from localctl.files import first_line, parse_json, read_json, write_text, writing
+from localctl.files import first_line, parse_json, read_json, set_aside, write_text, writing
 
 
 def test_first_line_is_part_of_a_sentence():
@@ -74,3 +75,29 @@ def test_a_file_that_is_not_finished_leaves_nothing_and_only_its_own_errors_name
             file.write(b"half")
             raise error
     assert os.listdir(tmp_path) == ["a.txt"] and path.read_text() == "old"
+
+
+def test_files_of_an_earlier_run_are_moved_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    (folder / "steps").mkdir(parents=True)
+    (folder / "earlier_1").mkdir()
+    elsewhere.mkdir()
+    for path in (folder / "a.png", folder / "steps" / "a.png", folder / "notes.txt", elsewhere / "a.png"):
+        path.write_text(path.name)
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "b.png").symlink_to(elsewhere / "a.png")
+    patterns = ("*.png", "*/a.png")
+    reached = tmp_path / "by_a_link"
+    reached.symlink_to(folder)  # the folder itself may be reached by one
+    assert set_aside(reached, patterns) == reached / "earlier_2"
+    kept = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert kept == {"earlier_2/a.png", "earlier_2/steps/a.png", "notes.txt", "b.png"}
+    assert (elsewhere / "a.png").is_file() and set_aside(folder, ("*.jpg",)) is None
+
+    def refuse(self: Path, target: Path) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    (folder / "a.png").write_text("new")
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OSError, match="a.png is of an earlier run and cannot be moved to .* [(]Operation not"):
+        set_aside(folder, ("a.png",))

@@ -146,6 +146,8 @@ def parse_use(text: str, known: Mapping[str, float]) -> dict[str, float]:
     used: dict[str, float] = {}
     for part in text.split("+"):
         name, colon, scale = part.strip().partition(":")
+        if name in ("all", "none"):
+            raise ValueError(f"The word {name!r} stands alone, not as in {text!r}; give it alone, or name the LoRAs.")
         if name not in known:
             raise ValueError(f"There is no LoRA {name!r}; choose among {', '.join(known)}, all and none.")
         if name in used:

@@ -38,7 +38,9 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     command = argv.pop(0) if argv and argv[0] in COMMANDS else None
     if command is None and not {"-h", "--help", "--version"} & set(argv):
-        raise ValueError(f"The command is missing; write one of {', '.join(COMMANDS)}, as in `{program} ref`.")
+        word = argv[0] if argv and argv[0].isalpha() else None
+        what = f"There is no command {word!r}" if word else "The command is missing"
+        raise ValueError(f"{what}; write one of {', '.join(COMMANDS)}, as in `{program} ref`.")
     settings = settings_or_help(
         f"{program} {'|'.join(COMMANDS)}",
         argv,

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from localctl.cli.arguments import Arguments
 from localctl.cli.program import explained, one_sentence
+from localctl.files import set_aside
 from localctl.messages import loading, warn
 from localctl.metrics import EXTRACTORS
 
@@ -100,6 +101,7 @@ def compare_plain(folders: dict[str, Path], args: argparse.Namespace) -> None:
     named_by = (args.extractor or "micro_clip", args.weights)
     workers = None if args.num_workers is None else (args.num_workers, *named_by)
     content = compare_folders(folders, load_for(*named_by), args.against or next(iter(folders)), workers)
+    _keep_earlier(args.output_dir)
     write_json(args.output_dir / "metrics.json", content)
     text = table(content)
     write_text(args.output_dir / "metrics.md", text)
@@ -134,6 +136,7 @@ def write(comparison: Comparison, folders: dict[str, Path], against: str, output
 
     content = as_json(comparison, against)
     check_provenance("of this comparison", content, REQUIRED)
+    _keep_earlier(output_dir)
     write_json(output_dir / "metrics.json", content)
     text = markdown(comparison, against)
     write_text(output_dir / "metrics.md", text)
@@ -146,6 +149,13 @@ def write(comparison: Comparison, folders: dict[str, Path], against: str, output
     except NoMatplotlibError as error:
         warn(f"metrics.png is left out. {error}")
     return text
+
+
+def _keep_earlier(output_dir: Path) -> None:
+    """Move the files of an earlier comparison to a subfolder: some of them would not be replaced by those of this."""
+    aside = set_aside(output_dir, ("metrics.*", "sheet_*.png"))
+    if aside is not None:
+        warn(f"{output_dir} held an earlier comparison, which is now in {aside}.")
 
 
 def _check_against(against: str | None, folders: dict[str, Path], *more: str) -> None:

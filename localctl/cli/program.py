@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import ParamSpec
 
-from localctl.launchers import read_mpi
+from localctl.launchers import read_launcher
 from localctl.messages import fail, log_to_screen, plain_warnings
 from localctl.threads import yield_waiting_cores
 
@@ -68,7 +68,7 @@ def one_sentence(program: str) -> Callable[[Callable[Arguments, int]], Callable[
         @functools.wraps(main)
         def guarded(*args: Arguments.args, **kwargs: Arguments.kwargs) -> int:
             yield_waiting_cores()
-            read_mpi()
+            read_launcher()
             try:
                 with plain_warnings(), log_to_screen():
                     code = main(*args, **kwargs)

@@ -16,7 +16,8 @@
   python sample.py --from_json outputs/sample/00_seed0.png --output_dir outputs/again
 
 Writes one PNG per prompt and seed (and variant); all of them on sheet.png, on compare.png or in the grids of a sweep;
-and sample.json, which repeats the run. Images and masks of any size are scaled and cropped to the size of the run (see
+and sample.json, which repeats the run. If the folder holds an earlier run, its files move to a subfolder, earlier_1 or
+the next number. Images and masks of any size are scaled and cropped to the size of the run (see
 "size"). With several adapters, every adapter flag takes one value for all or one for each.
 """
 
@@ -178,7 +179,7 @@ def _add_region_flags(parser: argparse.ArgumentParser) -> None:
     add("--control", metavar="NAME", help=f"{names}, or several; default: bias")
     add("--set", metavar="NAME=VALUE", help="settings of the controls, such as strength=0.6")
     add("--sweep", metavar="NAME=V,V", help="vary one or two settings: a labelled grid per image")
-    add("--compare", metavar="NAME", help="all, or names, with + for several together: side by side")
+    add("--compare", metavar="NAME", help="names, with + for several together, or all: side by side")
 
 
 def _add_size_flags(parser: argparse.ArgumentParser) -> None:

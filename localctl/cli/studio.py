@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
         try:
             from localctl.studio.server import serve
         except ImportError as error:
-            way_out = "install it by `pip install localctl[studio]`"
+            way_out = 'run `pip install "localctl[studio]"`'
             raise ValueError(f"The studio needs Gradio ({error}); {way_out}.") from error
     serve(config)
     return 0

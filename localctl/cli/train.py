@@ -12,7 +12,7 @@ from typing import Any
 
 from localctl.allocator import keep_freed_memory
 from localctl.cli.program import explained, report_error
-from localctl.launchers import launcher, read_mpi
+from localctl.launchers import launcher, read_launcher
 from localctl.messages import fail, loading, log_to_screen, plain_warnings
 from localctl.signals import Signalled, ending_at_once, exit_code
 from localctl.threads import yield_waiting_cores
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """
     parent = launcher()
     yield_waiting_cores()
-    read_mpi()
+    read_launcher()
     try:
         with ending_at_once():
             run = _prepare(sys.argv[1:] if argv is None else argv, parent, program)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import textwrap
 import warnings
 from collections.abc import Callable, Mapping
 from functools import wraps
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from localctl.labels import one_line
+from localctl.labels import one_line, shorten
 from localctl.metrics.bootstrap import Interval
 
 if TYPE_CHECKING:
@@ -19,8 +21,9 @@ if TYPE_CHECKING:
 
 COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f")
 DPI = 100
-ROW, LEFT, WIDTH, HEAD, FOOT, PAD = 18, 230, 300, 24, 24, 14  # pixels of a panel of bars
-LONGEST = 38  # characters of a label
+ROW, LINE, LEFT, WIDTH, HEAD, FOOT, PAD = 18, 13, 230, 300, 24, 24, 14  # pixels of a panel of bars
+LONGEST, LINES = 38, 3  # characters of a line of a label, and its lines
+_IN_LEGEND = 26  # characters of a line in a legend
 STYLE = {"font.size": 7.5, "text.parse_math": False, "axes.spines.right": False, "axes.spines.top": False}
 
 
@@ -57,24 +60,27 @@ def bars(panels: Mapping[str, Mapping[str, Interval | None]], columns: int = 2) 
     if not defined:
         raise ValueError("No metric is defined, so there is nothing to plot.")
     columns = min(columns, len(defined))
-    width = LEFT + WIDTH + 2 * PAD
-    height = HEAD + max(map(len, defined.values())) * ROW + FOOT + PAD
+    labels = [_lines(name) for panel in defined.values() for name in panel]
+    row = ROW + (max(label.count("\n") for label in labels)) * LINE
+    margin = max(LEFT, max(_width(line) for label in labels for line in label.split("\n")) + PAD)
+    width = margin + WIDTH + 2 * PAD
+    height = HEAD + max(map(len, defined.values())) * row + FOOT + PAD
     figure = _figure(columns * width, -(-len(defined) // columns) * height)
     for number, (title, panel) in enumerate(defined.items()):
-        left, top = number % columns * width + PAD + LEFT, number // columns * height + HEAD
-        _panel(_axes(figure, left, top, WIDTH, len(panel) * ROW), title, panel)
+        left, top = number % columns * width + PAD + margin, number // columns * height + HEAD
+        _panel(_axes(figure, left, top, WIDTH, len(panel) * row), title, panel)
     return figure
 
 
 def _panel(axes: Axes, title: str, panel: Mapping[str, Interval | None]) -> None:
-    axes.set_title(_short(title, 60), loc="left", fontsize="medium")
+    axes.set_title(shorten(title, 60), loc="left", fontsize="medium")
     for row, value in enumerate(panel.values()):
         if value is None:
             axes.text(0.01, row, "undefined", transform=axes.get_yaxis_transform(), color="#888888", va="center")
             continue
         axes.barh(row, value.value, height=0.6, color=COLORS[row % len(COLORS)])
         axes.plot((value.low, value.high), (row, row), color="black", marker="|", markersize=5, linewidth=1)
-    axes.set_yticks(range(len(panel)), [_short(name) for name in panel])
+    axes.set_yticks(range(len(panel)), [_lines(name) for name in panel])
     axes.set_ylim(len(panel) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     axes.locator_params(axis="x", nbins=7)
@@ -113,13 +119,14 @@ def curves(
     if logarithmic:
         axes.set_xscale("log")
     for name, y in (levels or {}).items():
-        axes.axhline(y, color="#999999", linewidth=1, label=_short(name))
+        axes.axhline(y, color="#999999", linewidth=1, label=_lines(name, _IN_LEGEND))
     for number, (name, curve) in enumerate(series.items()):
         color, offset = COLORS[number % len(COLORS)], 3 * (number - len(series) // 2)  # keeps intervals apart
         moved = axes.transData + ScaledTranslation(offset / DPI, 0, figure.dpi_scale_trans)
         axes.update_datalim([(x, y) for x, i in curve.items() for y in (i.low, i.value, i.high)])
         along = sorted(curve)
-        axes.plot(along, [curve[x].value for x in along], "o-", color=color, ms=5, label=_short(name), transform=moved)
+        label = _lines(name, _IN_LEGEND)
+        axes.plot(along, [curve[x].value for x in along], "o-", color=color, ms=5, label=label, transform=moved)
         for x in along:
             ends = (curve[x].low, curve[x].high)
             axes.plot((x, x), ends, color=color, marker="_", markersize=5, linewidth=1, transform=moved)
@@ -146,5 +153,14 @@ def _axes(figure: Figure, left: int, top: int, width: int, height: int) -> Axes:
     return figure.add_axes((left / across, 1 - (top + height) / down, width / across, height / down))
 
 
-def _short(name: str, letters: int = LONGEST) -> str:
-    return one_line(name)[:letters]
+def _lines(name: str, letters: int = LONGEST) -> str:
+    """Return a label on lines of so many letters; one that is too long for these ends with dots."""
+    return "\n".join(textwrap.wrap(one_line(name), letters, max_lines=LINES, placeholder=" ..."))
+
+
+def _width(line: str) -> int:
+    """Return the width of a line of a label in pixels."""
+    from matplotlib.textpath import TextPath
+
+    size = float(STYLE["font.size"])
+    return math.ceil(TextPath((0, 0), line, size=size).get_extents().x1 * DPI / 72) if line else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shutil
 import tempfile
@@ -14,7 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from localctl import __version__
-from localctl.files import first_line, write_bytes, write_json
+from localctl.files import first_line, set_aside, write_bytes, write_json
 from localctl.jobs.embedded import KEY, Record, record_text
 from localctl.jobs.scenes import read_layouts
 from localctl.jobs.settings import AUTO, INPUTS, RECORD, names_file
@@ -24,6 +25,12 @@ from localctl.layout_io import save_layout
 from localctl.sampling import GenerateOutput
 
 _LONGEST_ENDING = 80  # letters of a file name
+# What a run writes: first what shows that there was one.
+_IMAGES = "[0-9]*_seed*.png"
+_RESULTS = (RECORD, _IMAGES)
+_WRITTEN = (*_RESULTS, "sheet.png", "compare.png", f"steps/{_IMAGES}", *(f"inputs/{name}_[0-9]*" for name in INPUTS))
+
+logger = logging.getLogger(__name__)
 
 
 def open_output(path: str, needed: int) -> Path:
@@ -119,7 +126,8 @@ def subfolder(folder: Path, name: str) -> Path:
 
 def copy_inputs(options: Mapping[str, Any], used: Sequence[Layout], folder: Path) -> dict[str, Any]:
     """Copy the input files to ``folder``/inputs and return the settings that name the copies, relative to ``folder``:
-    the record needs no other files, and no image can overwrite one of them.
+    the record needs no other files, and no image can overwrite one of them. What an earlier run wrote to ``folder`` is
+    moved to a subfolder, with its record: a repeated run may read from its own folder, so all inputs are read before.
 
     Predicted layouts are saved as they were ``used``, so that the record does not depend on the predictor.
     """
@@ -129,11 +137,13 @@ def copy_inputs(options: Mapping[str, Any], used: Sequence[Layout], folder: Path
         if name != "layout"
         for index, path in enumerate(options[name] or [])
         if names_file(path)
-    }  # all are read before any is written: a repeated run may read from its own folder
+    }
     predicted = options["layout"] == [AUTO]
     once = used if options["lora_per_prompt"] else dict.fromkeys(used)  # each prompt has its own LoRAs
     layouts = list(once) if predicted else read_layouts(options)
     subfolder(folder, "inputs")
+    if any(next(folder.glob(name), None) for name in _RESULTS) and (aside := set_aside(folder, _WRITTEN)):
+        logger.info(f"{folder} held an earlier run, which is now in {aside}.")
     copies: dict[str, Any] = dict.fromkeys(("prompt", "layout_seed", "predictor", "color")) if layouts else {}
     for index, layout in enumerate(layouts):
         path = save_layout(layout, folder / "inputs" / f"layout_{index}.json")  # with its masks

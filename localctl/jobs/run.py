@@ -49,6 +49,8 @@ def run(options: SampleSettings) -> Iterator[Path]:
 
 def _generate_all(job: Job, folder: Path) -> Iterator[Path]:
     """Generate the images with each variant and write everything, while the output folder is locked."""
+    subfolder(folder, "inputs")  # refused before anything slow
+    models = load_models(job)  # before an earlier run is moved: it stays where it is if that fails
     copies = copy_inputs(vars(job.options), job.layouts, folder)
     # By the names that the user gave, while the record of the folder has the places found.
     record = embedded({**vars(job.options), **copies}, folder) if job.options.embed_record else None
@@ -56,7 +58,6 @@ def _generate_all(job: Job, folder: Path) -> Iterator[Path]:
         logger.info("the record of this run is too long to be written into its images; sample.json repeats it.")
         record = None
     outputs, paths = [], []
-    models = load_models(job)
     on_step = None if job.options.save_steps is None else partial(_save_step, job, models, subfolder(folder, "steps"))
     for variant, output in generate_job(job, models, on_step):
         outputs.append((variant, output))

@@ -23,7 +23,7 @@ from localctl.jobs.settings import AUTO, Presets, SampleSettings
 from localctl.layout import Layout
 from localctl.sampling_settings import FREE, Sampling
 
-COMPARED_ALL = ("none", "bias", "dense", "guidance")  # the variants of --compare all
+ALL, COMPARED_ALL = "all", ("none", "bias", "dense", "guidance")  # the variants of --compare all
 _MOST_CELLS = 64  # of the grid of a sweep
 ABSENT = "none"  # None as the text of a setting
 
@@ -127,19 +127,26 @@ def plan(options: SampleSettings, base: str) -> list[Variant]:
     return _sweep_variants(options, names, settings, base)
 
 
+def compared(words: Sequence[str]) -> list[str]:
+    """Return the names of the variants to compare.
+
+    words: names of controls, joined by + where several act together; ``all`` stands for those of ``COMPARED_ALL`` that
+    are not named, too. ValueError for a word that is given twice.
+    """
+    if len(set(words)) < len(words):
+        raise ValueError("A control is given twice in --compare; give each one once.")
+    return list(dict.fromkeys(name for word in words for name in (COMPARED_ALL if word == ALL else (word,))))
+
+
 def read_variants(
     words: Sequence[str], settings: Sequence[str], base: str, presets: Presets | None = None
 ) -> list[Variant]:
     """Return the variants to compare.
 
-    words: ``all``, or names of controls, joined by + where several act together. settings: NAME=VALUE each. presets: of
-    a record. ValueError as for :func:`plan`.
+    words: as for :func:`compared`. settings: NAME=VALUE each. presets: of a record. ValueError as for :func:`plan`.
     """
     read = [_split_setting(item) for item in settings]
-    words = COMPARED_ALL if list(words) == ["all"] else tuple(words)
-    if len(set(words)) < len(words):
-        raise ValueError("A control is given twice in --compare; give each one once.")
-    plans = [(word, control_names(word)) for word in words]
+    plans = [(word, control_names(word)) for word in compared(words)]
     check_settings([name for name, _ in read], [name for _, names in plans for name in names])
     return [
         Variant(label, make_controls(names, read, base, presets), index, sampling=sampling_with(names, base, presets))

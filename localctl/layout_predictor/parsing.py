@@ -129,14 +129,18 @@ def _object(prompt: str, chunk: Chunk, again: tuple[_Span, ...]) -> PromptObject
 
 def spacy_model(required: bool = False) -> Any:
     """Load the first installed English spaCy pipeline; None if there is none, or ValueError if ``required``."""
-    if importlib.util.find_spec("spacy") is not None:
+    installed = importlib.util.find_spec("spacy") is not None
+    if installed:
         import spacy  # slow to import, and optional
 
         names = sorted(name for name in spacy.util.get_installed_models() if name.startswith("en_"))
         if names:
             return spacy.load(names[0], disable=["ner"])
     if required:
-        raise ValueError("spaCy with an English model is not installed; run `python -m spacy download en_core_web_sm`.")
+        first = "" if installed else 'pip install "localctl[spacy]" && '
+        raise ValueError(
+            f"spaCy with an English model is not installed; run `{first}python -m spacy download en_core_web_sm`."
+        )
     return None
 
 

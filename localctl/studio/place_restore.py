@@ -9,7 +9,7 @@ from typing import Any
 from localctl.bases import SIGMAS
 from localctl.control.presets import NONE, control_names, sampling_of, setting_of
 from localctl.images import load_image
-from localctl.jobs.variants import ABSENT, COMPARED_ALL, has_negatives, make_controls, sampling_with
+from localctl.jobs.variants import ABSENT, compared, has_negatives, make_controls, sampling_with
 from localctl.layout import Layout
 from localctl.layout_io import load_layout
 from localctl.masks import load_mask, mask_to_pil
@@ -80,10 +80,10 @@ def _method(options: Mapping[str, Any], base: str) -> dict[str, Any]:
     if options.get("compare"):
         if options.get("set"):
             raise ValueError("The image compares methods with --set, and the page with their presets; use sample.py.")
-        words = options["compare"]
-        for word in COMPARED_ALL if words == ["all"] else words:
-            _check_presets(options, control_names(word), base, on_page=False)
-        return {"compared": [_label(control_names(word)) for word in (COMPARED_ALL if words == ["all"] else words)]}
+        methods = [control_names(word) for word in compared(options["compare"])]
+        for names in methods:
+            _check_presets(options, names, base, on_page=False)
+        return {"compared": [_label(names) for names in methods]}
     names = control_names(options.get("control") or ["bias"])
     values = {"method": _label(names), **shown_presets("+".join(names) or NONE, base)}
     for item in (*(options.get("presets") or {}).get("+".join(names), ()), *(options.get("set") or ())):

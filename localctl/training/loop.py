@@ -119,6 +119,12 @@ def _load(
     state.info = describe(
         settings, plain(train), base, world_size=accelerator.num_processes, precision=accelerator.mixed_precision
     )
+    hashed = int(state.info["config_sha256"][:12], 16)
+    if state.agree(hashed, -hashed) != [hashed, -hashed]:
+        raise ValueError(
+            "The processes of this job have different settings; give all of them the same, or set WORLD_SIZE=1 for "
+            "trainings of their own."
+        )
     describe_encoded(state.info, train, absent)
     state.info[FIRST_LOCAL] = first_local_step(settings, manifest and manifest["info"])
     if checkpoint is not None and manifest is not None:

@@ -107,6 +107,8 @@ def test_scales_by_prompt_are_parsed() -> None:
     for text, message in (
         ("blue", "no LoRA 'blue'; choose among style, red"),
         ("red+red:2", "occurs twice"),
+        ("all+style:0.2", "'all' stands alone, not as in 'all[+]style:0.2'"),
+        ("none:0.5", "'none' stands alone"),
         ("red:x", "not a finite number"),
         ("red:nan", "not a finite number"),
     ):

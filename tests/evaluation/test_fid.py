@@ -214,7 +214,8 @@ def test_score_says_everything_about_itself(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["drew"], "The command is missing; write one of ref, gen, score"),
+        (["drew"], "There is no command 'drew'; write one of ref, gen, score"),
+        (["seed=1"], "The command is missing; write one of ref, gen, score"),
         (["ref", "extractor=vgg"], "Unknown feature extractor 'vgg'"),
         (["ref", "num_images=1"], "num_images must be at least 2, not 1"),
         (["ref", "data.path=nowhere"], "There is no data at nowhere"),

@@ -63,12 +63,25 @@ def test_folders_are_compared_and_metrics_that_need_records_are_named(
 
 
 def test_a_folder_alone_is_named_like_itself_and_another_may_be_the_reference(
-    folders: dict[str, Path], tmp_path: Path
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    earlier = {"metrics.json", "metrics.tex", "metrics.png", "sheet_a.png"}  # of sets, which have more files
+    (tmp_path / "out").mkdir()
+    for name in (*earlier, "mine.png"):
+        (tmp_path / "out" / name).write_text(name)
     argv = [str(folders["photos"]), str(folders["near"]), "--against", "near", f"output_dir={tmp_path / 'out'}"]
     assert evaluate_quantitative_metrics.main(argv) == 0
     content = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert content["reference"] == "near" and "distances" in content["rows"]["photos"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "metrics.json",
+        "metrics.md",
+        "mine.png",
+        "earlier_1",
+    }
+    kept = {path.name: path.read_text() for path in (tmp_path / "out" / "earlier_1").iterdir()}
+    assert kept == {name: name for name in earlier}
+    assert "held an earlier comparison, which is now in" in capsys.readouterr().err
 
 
 def test_workers_measure_as_one_process(

@@ -59,5 +59,28 @@ def test_missing_matplotlib_is_named(monkeypatch):
 
 @pytest.mark.parametrize("name", ["two\nlines", "half \ud83d", "x" * 5000, "a\tb\u2028c", "$x^", "漢字"])
 def test_no_name_stops_a_figure(name):
-    assert bars({name: {name: at(0.2)}}).size == bars({"f1": {"a": at(0.2)}}).size
+    plain = bars({"f1": {"a": at(0.2)}})
+    assert bars({name: {name: at(0.2)}}).height <= 2 * plain.height and plain.size == (558, 80)
     curves({name: {0.1: at(0.2), 1.0: at(0.6)}}, "x", "y", {name: 0.4})
+
+
+@pytest.mark.parametrize("name", ["cover + edges in the second half, on the prompt's rows", "W" * 60, "a word"])
+def test_labels_of_any_length_are_whole_and_overlap_nothing(name):
+    """``W`` is the widest letter, and has no place to break."""
+    figure = bars.__wrapped__({"f1": {name: at(0.2), f"{name}, 2": at(0.4)}, "leak": {name: at(0.2)}})
+    figure.draw_without_rendering()
+    plots = [axes.get_window_extent() for axes in figure.axes]
+    labels = [label for axes in figure.axes for label in axes.get_yticklabels()]
+    assert ["".join(label.get_text().split()) for label in labels] == [
+        "".join(text.split()) for text in (name, f"{name}, 2", name)
+    ]
+    boxes = [label.get_window_extent() for label in labels]
+    assert all(box.x0 >= 0 for box in boxes) and not boxes[0].overlaps(boxes[1])
+    assert boxes[2].x0 > plots[0].x1
+
+
+def test_the_names_of_curves_lie_within_the_figure():
+    figure = curves.__wrapped__({f"local term {'sobel ' * 9}": {0.1: at(0.2)}}, "x", "y", {"no local term " * 3: 0.4})
+    figure.draw_without_rendering()
+    [legend] = [axes.get_legend().get_window_extent() for axes in figure.axes]
+    assert legend.x1 <= figure.bbox.width

@@ -15,10 +15,13 @@ from sample_helpers import PLAIN, QUICK, assert_same, pixels
 
 import localctl.jobs.files
 import localctl.jobs.generate
+import localctl.jobs.run
 from localctl.adapter import LocalAdapter
 from localctl.cli import sample
 from localctl.jobs.files import file_endings, open_output
 from localctl.jobs.variants import Variant
+from localctl.layout import Layout, Region
+from localctl.layout_io import save_layout
 from localctl.lock import LOCK, FolderLock, _start_time
 
 
@@ -39,6 +42,49 @@ def test_a_folder_in_use_is_refused_before_the_base_is_loaded(
     lock.path.unlink()
     assert sample.main(plain) == 0 and len(pixels("out")) == 1
     assert not (Path("out") / LOCK).exists()
+
+
+def test_a_second_run_keeps_the_first_one_apart(plain: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Images with their record and its inputs, whatever the second run writes; what else is there stays."""
+    layout = Layout("a b", regions=(Region("a", box=(0, 0, 0.5, 1)),))
+    save_layout(layout, "scene.json")
+    rest = ["--base", "base", "--num_inference_steps", "1", "--output_dir", "out"]
+    assert sample.main(["--layout", "scene.json", *rest, "--seeds", "0", "1", "--save_steps", "1"]) == 0
+    Path("out/inputs/mine.png").write_text("mine")
+    first, names = pixels("out"), {path.relative_to("out") for path in Path("out").rglob("*.*")}
+    assert "earlier" not in capsys.readouterr().err
+    assert sample.main(plain) == 0
+    assert "out held an earlier run, which is now in out/earlier_1." in capsys.readouterr().err
+    assert list(pixels("out")) == ["00_seed0.png"] == json.loads(Path("out/sample.json").read_text())["images"]
+    assert_same(pixels("out/earlier_1"), first)
+    mine = Path("inputs/mine.png")
+    assert {path.relative_to("out/earlier_1") for path in Path("out/earlier_1").rglob("*.*")} == names - {mine}
+    assert Path("out", mine).read_text() == "mine" and not list(Path("out/inputs").glob("layout*"))
+    assert sample.main(["--from_json", "out/earlier_1", "--output_dir", "out/earlier_1"]) == 0  # reads its own inputs
+    assert_same(pixels("out/earlier_1"), first)
+    assert_same(pixels("out/earlier_1/earlier_1"), first)
+    assert sample.main(plain) == 0 and list(pixels("out/earlier_2")) == ["00_seed0.png"]
+
+
+def test_images_of_a_run_that_did_not_end_are_kept(plain: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(localctl.jobs.run, "save_record", full)
+        assert sample.main(plain) == 1
+    before = pixels("out")
+    assert sample.main([*plain, "--prompt", "c d"]) == 0
+    assert_same(pixels("out/earlier_1"), before)
+    before = pixels("out")
+    with monkeypatch.context() as patch:
+        patch.setattr(localctl.jobs.run, "load_models", full)
+        assert sample.main(plain) == 1
+    assert_same(pixels("out"), before)
+    with monkeypatch.context() as patch:
+        patch.setattr(localctl.jobs.run, "generate_job", full)
+        assert [sample.main(plain), sample.main(plain)] == [1, 1]  # without an image, there is nothing to keep
+    assert sorted(path.name for path in Path("out").glob("earlier*")) == ["earlier_1", "earlier_2"]
 
 
 def test_links_are_replaced_or_refused(plain: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,7 +27,7 @@ from localctl.control.spacetime import SpaceTimeAttention
 from localctl.jobs.files import save_record
 from localctl.jobs.prepare import Job, prepare, reproducing_options
 from localctl.jobs.sheets import verdict
-from localctl.jobs.variants import make_controls
+from localctl.jobs.variants import COMPARED_ALL, make_controls
 from localctl.layout import Layout, Region
 from localctl.layout_io import load_layout, save_layout
 from localctl.metrics.clip import Clip
@@ -213,6 +213,11 @@ def test_the_plan_of_a_sweep_and_of_compare_all(workspace: Path) -> None:
     assert places[2, 1] == (RegionBias(strength=0.6, outside_strength=0.2),) and len(places) == 6
     everything = prepare(parse([*BASIC, "--compare", "all"])).variants
     assert [item.label for item in everything] == ["none", "bias", "dense", "guidance"]
+    for words in (("all", "bias"), ("bias+dense", "all"), ("guidance", "all", "none")):
+        labels = [item.label for item in prepare(parse([*BASIC, "--compare", *words])).variants]
+        named = [word for word in words if word != "all"]
+        assert len(labels) == len(set(labels)) and set(labels) == {*named, *COMPARED_ALL}, words
+        assert labels[0] == ("none" if words[0] == "all" else words[0])
     assert [item.controls for item in everything][:3] == [(), (RegionBias(),), (DenseModulation(),)]
     tuned = prepare(parse(["--layout", "scene.json", "--control", "guidance", "--set", "sites=up/2,mid"])).variants
     assert tuned[0].controls == (LayoutGuidance(**{**PRESETS["micro"]["guidance"], "sites": ("up/2", "mid")}),)
@@ -291,7 +296,7 @@ def test_the_verdict_names_every_region() -> None:
         ),
         (["--control", "bias", "none"], "bias none cannot be combined"),
         (["--control", "bias+bias"], "cannot be combined"),
-        (["--compare", "all", "bias"], "Unknown control 'all'"),
+        (["--compare", "all", "all"], "given twice in --compare"),
         (["--compare", "all", "--control", "bias"], "either --compare or --control"),
         (["--set", "strenght=1"], "has a setting 'strenght'; choose among end, hide_phrases, mask_resize"),
         (["--set", "strength=much"], "strength must be a number, not 'much'"),

@@ -84,8 +84,9 @@ def test_the_record_repeats_the_run_from_anywhere(workspace: Path, monkeypatch: 
     assert sample.main(["--from_json", "../moved/sample.json", "--output_dir", "again"]) == 0
     assert_same(pixels("again"), pixels("../moved"))
     assert sample.main(["--from_json", "again/sample.json", "--output_dir", "again", "--seeds", "1"]) == 0  # in place
-    assert_same(pixels("again"), pixels("../moved"))
+    assert_same(pixels("again/earlier_1"), pixels("../moved"))
     assert json.loads(Path("again/sample.json").read_text())["images"] == ["00_seed1.png", "01_seed1.png"]
+    assert_same(pixels("again"), {name: pixels("../moved")[name] for name in ("00_seed1.png", "01_seed1.png")})
     for change in (["--weight", "0.2"], ["--end", "1"], ["--scheduler", "ddim"], ["--negative_prompt", "y"]):
         assert sample.main(["--from_json", "../moved/sample.json", *change, "--output_dir", "other"]) == 0
         assert not np.array_equal(pixels("other")["00_seed1.png"], pixels("../moved")["00_seed1.png"]), change

@@ -178,8 +178,12 @@ def test_spacy_that_is_missing_is_an_error_only_when_asked_for(monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "spacy", fake)  # type: ignore[arg-type]
     assert spacy_model() is None
     assert [item.phrase for item in parse("a cat")] == ["cat"]
-    with pytest.raises(ValueError, match="en_core_web_sm"):
+    with pytest.raises(ValueError, match="run `python -m spacy download en_core_web_sm`"):
         parse("a cat", "spacy")
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda name: None)  # then there is no such command
+        with pytest.raises(ValueError, match=r'run `pip install "localctl\[spacy\]" && python -m spacy download'):
+            parse("a cat", "spacy")
     util.get_installed_models = lambda: ["en_core_web_sm"]
     fake.load = lambda name, disable: FakeSpacy("a cat")
     assert [item.phrase for item in parse("a cat")] == ["cat"]

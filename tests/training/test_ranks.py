@@ -19,7 +19,7 @@ from localctl.adapter_files import find_adapter
 from localctl.cli import train
 from localctl.cli.program import report_error
 from localctl.distributed import LostProcess, leave, on_first
-from localctl.launchers import read_mpi
+from localctl.launchers import read_launcher
 from localctl.training import data, loop, state
 from localctl.training.checkpoints import check_writable, list_checkpoints
 from localctl.training.state import new_accelerator
@@ -110,7 +110,7 @@ def joined_by_mpi(base: Path, folder: Path) -> int:
         names = {"WORLD_SIZE": "SIZE", "LOCAL_WORLD_SIZE": "LOCAL_SIZE"}
         if name != "MASTER_ADDR":
             os.environ[f"OMPI_COMM_WORLD_{names.get(name, name)}"] = value
-    read_mpi()
+    read_launcher()
     made = new_accelerator(settings_for(base, folder, "none", 2))
     leave()
     return made.num_processes * 10 + made.process_index
@@ -118,6 +118,21 @@ def joined_by_mpi(base: Path, folder: Path) -> int:
 
 def test_processes_that_mpirun_starts_train_together(sd_folder, tmp_path):
     assert [finish(process) for process in start_ranks(2, joined_by_mpi, sd_folder, tmp_path)] == [20, 21]
+
+
+def own_seed(base: Path, folder: Path) -> int:
+    """Prepare a training with a seed and a folder of its own, as a script does that takes each task for a run."""
+    data.make_source = small_pictures
+    rank = os.environ["RANK"]
+    try:
+        silent_run(settings_for(base, folder / rank, "none", 2, seed=int(rank)))
+    except ValueError as error:
+        return 7 if "have different settings" in str(error) else 0
+    return 0
+
+
+def test_processes_with_different_settings_do_not_train_together(sd_folder, tmp_path):
+    assert [finish(process) for process in start_ranks(2, own_seed, sd_folder, tmp_path)] == [7, 7]
 
 
 def unjoined(base: Path, folder: Path, with_rank: bool) -> int:
