@@ -19,6 +19,7 @@ from localctl.distributed import process_device
 from localctl.evaluation.provenance import versions
 from localctl.evaluation.tables import head, line
 from localctl.evaluation.workers import spread
+from localctl.files import read_object
 from localctl.images import ImageError, load_image
 from localctl.metrics.extractors import Extractor, describe, load_extractor
 from localctl.metrics.statistics import FeatureStatistics, Statistics, distances
@@ -40,7 +41,15 @@ class Folder:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """List all images in ``folder`` and its subfolders, by name; hidden files and other file types are skipped."""
+    """List all images in ``folder`` and its subfolders, by name; hidden files and other file types are skipped.
+
+    Of a folder of sample.py, only those that its record names: no sheets, inputs or earlier runs. ValueError for a
+    record that cannot be read.
+    """
+    record = folder / "sample.json"
+    names = read_object(record, "the record").get("images") if record.is_file() else None
+    if isinstance(names, list):
+        return sorted(folder / Path(str(name)).name for name in names)
     return sorted(path / name for path, _, names in Walk(folder) for name in names if is_image(name))
 
 

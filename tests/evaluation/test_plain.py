@@ -120,3 +120,12 @@ def test_mistakes_are_one_sentence(
 
 def test_hidden_files_and_other_files_are_no_images(folders: dict[str, Path]) -> None:
     assert len(image_files(folders["photos"])) == COUNT
+
+
+def test_images_of_a_run_are_those_that_its_record_names(folders: dict[str, Path]) -> None:
+    folder = folders["near"]
+    images = [path.name for path in image_files(folder) if path.parent == folder]
+    (folder / "sample.json").write_text(json.dumps({"images": images[:2]}))
+    assert image_files(folder) == [folder / name for name in sorted(images[:2])]
+    (folder / "sample.json").write_text(json.dumps({"images": None}))
+    assert len(image_files(folder)) == COUNT
