@@ -253,8 +253,8 @@ Measured on held-out `basic` scenes by `python -m research.micro_base.report`
 
 {table(figures)}
 
-Errors of the scene reader, version {VERSION}, on generated images: docs/evaluation.md. How it was trained, and what each
-training gained: research/results/micro_base/third/README.md. How it uses the words of a caption: docs/log.md.
+Errors of the scene reader, version {VERSION}, on generated images: docs/evaluation.md. How it was trained, and what
+each training gained: research/results/micro_base/third/README.md. How it uses the words of a caption: docs/log.md.
 
 Captions of one object (above each image the caption, below it what the scene reader found):
 
