@@ -3,10 +3,19 @@ import sys
 import numpy as np
 import pytest
 
-from localctl.evaluation.plots import COLORS, bars, curves
+from localctl.evaluation.plots import COLORS, STYLE, bars, curves
 from localctl.metrics.bootstrap import Interval
 
 pytest.importorskip("matplotlib")
+
+
+@pytest.fixture
+def in_style():
+    """For the figures themselves, without their images."""
+    from matplotlib import style
+
+    with style.context(["default", STYLE]):
+        yield
 
 
 def at(value, half=0.05):
@@ -65,7 +74,7 @@ def test_no_name_stops_a_figure(name):
 
 
 @pytest.mark.parametrize("name", ["cover + edges in the second half, on the prompt's rows", "W" * 60, "a word"])
-def test_labels_of_any_length_are_whole_and_overlap_nothing(name):
+def test_labels_of_any_length_are_whole_and_overlap_nothing(name, in_style):
     """``W`` is the widest letter, and has no place to break."""
     figure = bars.__wrapped__({"f1": {name: at(0.2), f"{name}, 2": at(0.4)}, "leak": {name: at(0.2)}})
     figure.draw_without_rendering()
@@ -79,7 +88,7 @@ def test_labels_of_any_length_are_whole_and_overlap_nothing(name):
     assert boxes[2].x0 > plots[0].x1
 
 
-def test_the_names_of_curves_lie_within_the_figure():
+def test_the_names_of_curves_lie_within_the_figure(in_style):
     figure = curves.__wrapped__({f"local term {'sobel ' * 9}": {0.1: at(0.2)}}, "x", "y", {"no local term " * 3: 0.4})
     figure.draw_without_rendering()
     [legend] = [axes.get_legend().get_window_extent() for axes in figure.axes]

@@ -141,7 +141,7 @@ def test_the_recipe_stops_by_fid_or_says_what_is_missing(tmp_path, monkeypatch):
         patch.setattr(scorer_module, "load_extractor", lambda *args: asked.append(args[:2]))
         assert make_scorer(settings) is not None and asked == [("fid", None)]
     monkeypatch.setattr("localctl.metrics.extractors.importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="needs the package torch-fidelity.*--early_stopping.every 0"):
+    with pytest.raises(ValueError, match=r"'fid' needs a package.*localctl\[fid\].*--early_stopping.every 0"):
         make_scorer(settings)
     off = replace(settings, early_stopping=replace(settings.early_stopping, every=0))
     assert make_scorer(off) is None
