@@ -111,7 +111,7 @@ def latents(args: argparse.Namespace, data: TrainingScenes) -> LatentCache:
     tokenizer, clip, vae = load(args, data)
     is_transformer = args.denoiser == "transformer"
     of = str((args.scenes, args.unet_scenes, *[args.denoiser] * is_transformer))
-    text = load_text(args, clip)
+    text = text_tower(clip) if is_transformer else load_text(args, clip)
     path = args.workdir / f"latents-{digest(of, vae.encoder, vae.quant_conv, text)}.pt"
     device = process_device(args.device)
     if is_transformer:
@@ -200,7 +200,8 @@ def build_decoder(args: argparse.Namespace, data: TrainingScenes) -> bool:
 def build_clip_vision(args: argparse.Namespace, data: TrainingScenes) -> bool:
     tokenizer, clip, _ = load(args, data)
     config = LoopConfig(steps=args.clip_vision_steps, learning_rate=7e-4, weight_decay=0.05, minutes=args.minutes)
-    is_free = digest("", load_text(args, clip)) != digest("", text_tower(clip))  # the U-Net has its own text encoder
+    # A U-Net may have a text encoder of its own; the transformer has the CLIP's.
+    is_free = args.denoiser == "unet" and digest("", load_text(args, clip)) != digest("", text_tower(clip))
     return train_clip(data.both, tokenizer, config, args.workdir, model=clip, tune_text=is_free)[1]
 
 
