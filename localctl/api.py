@@ -55,7 +55,7 @@ def train(settings: TrainSettings, say: Say | None = None, scorer: Scorer | None
     """
     if settings.dry_run:
         raise ValueError("dry_run trains nothing; see localctl.training.cost.report, or set dry_run=False.")
-    with _shown(say, tolerant=True, first_process_only=True):
+    with _shown(say, slurm=True, tolerant=True, first_process_only=True):
         return prepare(settings, scorer or make_scorer(settings)).train()
 
 
@@ -129,11 +129,11 @@ def compare_sets(
 
 
 @contextmanager
-def _shown(say: Say | None, **options: bool) -> Iterator[None]:
-    """Within, print what is logged, or hand it to ``say``, which is deprecated."""
+def _shown(say: Say | None, slurm: bool = False, **options: bool) -> Iterator[None]:
+    """Within, print what is logged, or hand it to ``say``, which is deprecated. slurm: tasks of ``srun`` are joined."""
     if say is not None:
         text = 'say= is deprecated; add a handler to logging.getLogger("localctl") instead.'
         warnings.warn(text, DeprecationWarning, stacklevel=4)
-    read_launcher()
+    read_launcher(slurm=slurm)
     with log_to_screen(say, **options):
         yield

@@ -114,7 +114,7 @@ class Messages:
 
 
 def union(items: set[Item]) -> set[Item]:
-    """Return the union of the ``items`` of all processes, within :func:`joined`."""
+    """Return the union of the ``items`` of all processes that are joined."""
     if not _is_joined():
         return items
     shares: list[set[Item]] = [set() for _ in range(distributed.get_world_size())]

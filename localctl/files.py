@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -151,17 +150,30 @@ def set_aside(folder: Path, patterns: Sequence[str]) -> Path | None:
     found = sorted(path for path in matching if path.resolve() == real / path.relative_to(folder))
     if not found:
         return None
-    aside = next(path for n in itertools.count(1) if not os.path.lexists(path := folder / f"earlier_{n}"))
+    aside = _new_subfolder(folder)
     for path in found:
         target = aside / path.relative_to(folder)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             path.rename(target)
         except OSError as error:
-            raise OSError(
-                f"{path} is of an earlier run and cannot be moved to {target} ({error.strerror}); choose another one."
-            ) from error
+            failed = f"{path} is of an earlier run and cannot be moved to {target} ({error.strerror})"
+            raise OSError(f"{failed}; choose another output folder.") from error
     return aside
+
+
+def _new_subfolder(folder: Path) -> Path:
+    """Create and return the first ``earlier_N`` that no other process has. OSError naming the folder if that fails."""
+    number = 1
+    while True:
+        path = folder / f"earlier_{number}"
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise OSError(f"{path} cannot be created ({error.strerror}); choose another output folder.") from error
 
 
 def replace_folder(source: Path, target: Path) -> None:

@@ -19,6 +19,7 @@ _OF_MPI = {
     "LOCAL_RANK": ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_LOCAL_RANK"),
     "LOCAL_WORLD_SIZE": ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_LOCAL_SIZE"),
 }
+_STARTED = time.time()  # about when this process began
 _RAY = "RAY_ADDRESS"  # of a command that Ray runs once, within a step of SLURM that starts Ray on all nodes
 
 
@@ -39,17 +40,22 @@ def _is_accelerate(pid: int) -> bool:
         return True
 
 
-def read_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Set torch's variables of processes for one that ``mpirun`` or ``srun`` started among others, where WORLD_SIZE is
-    not set.
+def read_launcher(environment: MutableMapping[str, str] = os.environ, slurm: bool = False) -> None:
+    """Set torch's variables of processes for one that ``mpirun`` started among others, where WORLD_SIZE is not set.
 
     For programs, as one of their first actions. Processes of ``mpirun`` on one machine meet there, at torchrun's own
-    port; those of ``srun`` on the first machine of their step.
+    port.
+
+    slurm: also for a task of ``srun``; they meet on the first machine of their step. Otherwise its tasks stay runs of
+    their own, as of a script that gives each a part of the work.
     """
     of_mpi = {name: next(filter(None, map(environment.get, names)), "") for name, names in _OF_MPI.items()}
     of_slurm = _read_slurm(environment)
     same = all(of_mpi[name] == of_slurm.get(name) for name in ("WORLD_SIZE", "RANK"))  # srun's own PMI says less
-    found = of_mpi if of_mpi["WORLD_SIZE"] and not same else of_slurm
+    if not slurm:
+        found = {} if same and not of_mpi["LOCAL_RANK"] else of_mpi
+    else:
+        found = of_mpi if of_mpi["WORLD_SIZE"] and not same else of_slurm
     if "WORLD_SIZE" in environment or not found.get("WORLD_SIZE", "").isdigit() or found["WORLD_SIZE"] == "1":
         return
     if found["LOCAL_WORLD_SIZE"] == found["WORLD_SIZE"]:
@@ -60,10 +66,10 @@ def read_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
 
 
 def _read_slurm(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return torch's variables for a task of ``srun``; none for any other process, as the script of a batch job. The
-    port is one of the step's own, as several may share a machine."""
+    """Return torch's variables for a task of ``srun``; none for any other process, as the script of a batch job or
+    what a user starts in ``srun --pty bash``. The port is one of the step's own, as several may share a machine."""
     step, job = environment.get("SLURM_STEP_ID", ""), environment.get("SLURM_JOB_ID", "")
-    if _RAY in environment or not (step.isdigit() and job.isdigit()):
+    if _RAY in environment or "SLURM_PTY_PORT" in environment or not (step.isdigit() and job.isdigit()):
         return {}
     nodes = re.sub(r"\[(\w+)[^]]*]", r"\1", environment.get("SLURM_STEP_NODELIST", ""))  # gpu[03-05,9],cpu1
     tasks = environment.get("SLURM_GTIDS", "")  # those on this machine, with commas between
@@ -78,16 +84,16 @@ def _read_slurm(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def is_first() -> bool:
-    """Return whether this is the first process that torchrun or ``mpirun`` started, or the only one."""
+    """Return whether this is the first of the processes that a launcher started, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def _began() -> float:
-    """Return when this process began, in seconds since the epoch; now, if the system does not say."""
+    """Return when this process began, in seconds since the epoch; without /proc, when this module was imported."""
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # since the machine started
     except OSError:
-        return time.time()
+        return _STARTED
     return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from localctl import api
+from localctl.cli import evaluate_fid, program, sample, train
 from localctl.distributed import LostProcess
 from localctl.launchers import _is_accelerate, launcher, read_launcher, tells
 from localctl.messages import fail
@@ -82,18 +84,18 @@ SLURM |= {"SLURM_LOCALID": "1", "SLURM_GTIDS": "2,3", "SLURM_STEP_NODELIST": "gp
 
 def test_tasks_of_srun_are_told_as_torch_s_and_meet_on_the_first_machine() -> None:
     environment = dict(SLURM)
-    read_launcher(environment)
+    read_launcher(environment, slurm=True)
     added = {name: value for name, value in environment.items() if name not in SLURM}
     port = added.pop("MASTER_PORT")
     assert added == {**JOINED, "MASTER_ADDR": "gpu09-ib"} and 20000 <= int(port) < 30000
     other = {**SLURM, "SLURM_STEP_ID": "2", "SLURM_STEP_NODELIST": "one,two"}
-    read_launcher(other)
+    read_launcher(other, slurm=True)
     assert other["MASTER_ADDR"] == "one" and other["MASTER_PORT"] != port
     alone = {**SLURM, "SLURM_GTIDS": "0,1,2,3", "SLURM_STEP_NODELIST": ""}
-    read_launcher(alone)
+    read_launcher(alone, slurm=True)
     assert (alone["MASTER_ADDR"], alone["MASTER_PORT"], alone["LOCAL_WORLD_SIZE"]) == ("127.0.0.1", port, "4")
     with_pmi = {**SLURM, "PMI_SIZE": "4", "PMI_RANK": "3"}  # as `srun --mpi=pmi2` sets them
-    read_launcher(with_pmi)
+    read_launcher(with_pmi, slurm=True)
     assert with_pmi == {**environment, "PMI_SIZE": "4", "PMI_RANK": "3"}
 
 
@@ -103,6 +105,7 @@ def test_tasks_of_srun_are_told_as_torch_s_and_meet_on_the_first_machine() -> No
         ({"SLURM_STEP_ID": "", "SLURM_NTASKS": "4"}, {}),  # the script of a batch job, which is one process
         ({"SLURM_STEP_NUM_TASKS": "1"}, {}),
         ({"WORLD_SIZE": "8"}, {}),  # torchrun within srun
+        ({"SLURM_PTY_PORT": "40211"}, {}),  # a command within `srun --pty bash`
         ({"RAY_ADDRESS": "gpu09:6379"}, {}),  # `srun ray symmetric-run ... -- localctl cache`
         ({"SLURM_PROCID": "1", **OPEN_MPI, **LOCAL}, JOINED),  # mpirun, which starts its own servers by srun
     ],
@@ -110,8 +113,46 @@ def test_tasks_of_srun_are_told_as_torch_s_and_meet_on_the_first_machine() -> No
 def test_only_tasks_of_srun_themselves_are_joined(changed: dict[str, str], added: dict[str, str]) -> None:
     given = {**SLURM, **changed}
     environment = dict(given)
+    read_launcher(environment, slurm=True)
+    assert environment == {**given, **added}
+
+
+@pytest.mark.parametrize(
+    ("more", "added"),
+    [
+        ({}, {}),
+        ({"PMI_SIZE": "4", "PMI_RANK": "3"}, {}),  # of `srun --mpi=pmi2`
+        ({"SLURM_PROCID": "1", **OPEN_MPI, **LOCAL}, JOINED),
+        ({"PMI_SIZE": "4", "PMI_RANK": "3", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}, JOINED),  # of mpirun
+    ],
+)
+def test_tasks_of_srun_stay_runs_of_their_own_but_for_a_training(more: dict[str, str], added: dict[str, str]) -> None:
+    given = {**SLURM, **more}
+    environment = dict(given)
     read_launcher(environment)
     assert environment == {**given, **added}
+
+
+def test_only_training_joins_tasks_of_srun(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def note(slurm: bool = False) -> None:
+        asked.append(slurm)
+        raise KeyError
+
+    for module in (api, train, program):
+        monkeypatch.setattr(module, "read_launcher", note)
+    calls = (
+        lambda: api.train(api.train_settings()),
+        lambda: train.main([]),
+        lambda: api.cache(api.cache_settings()),
+        lambda: evaluate_fid.main(["gen"]),
+        lambda: sample.main([]),
+    )
+    for call in calls:
+        with pytest.raises(KeyError):
+            call()
+    assert asked == [True, True, False, False, False]
 
 
 def test_an_error_that_several_processes_have_is_told_by_one(
@@ -153,3 +194,15 @@ def test_the_time_is_that_of_the_process_not_of_an_import() -> None:
     code = "import time; time.sleep(0.3); from localctl.launchers import _began; print(_began())"
     began = float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
     assert before - 0.05 < began < before + 0.3
+
+
+def test_without_a_time_from_the_system_an_error_is_still_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Path) -> str:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "0" / "error.json"))
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert tells("the disk is full") and not tells("the disk is full")

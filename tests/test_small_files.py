@@ -94,10 +94,13 @@ def test_files_of_an_earlier_run_are_moved_and_no_others(tmp_path: Path, monkeyp
     assert kept == {"earlier_2/a.png", "earlier_2/steps/a.png", "notes.txt", "b.png"}
     assert (elsewhere / "a.png").is_file() and set_aside(folder, ("*.jpg",)) is None
 
-    def refuse(self: Path, target: Path) -> None:
+    def refuse(self: Path, *target: Path) -> None:
         raise PermissionError(1, "Operation not permitted")
 
     (folder / "a.png").write_text("new")
     monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(OSError, match="a.png is of an earlier run and cannot be moved to .* [(]Operation not"):
+    with pytest.raises(OSError, match="a.png is of an earlier run and cannot .* [(]Operation .* another output folder"):
+        set_aside(folder, ("a.png",))
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(OSError, match="earlier_1 cannot be created .* another output folder"):
         set_aside(folder, ("a.png",))

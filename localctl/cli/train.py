@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """
     parent = launcher()
     yield_waiting_cores()
-    read_launcher()
+    read_launcher(slurm=True)
     try:
         with ending_at_once():
             run = _prepare(sys.argv[1:] if argv is None else argv, parent, program)

@@ -25,6 +25,7 @@ from localctl.metrics.extractors import Extractor, describe, load_extractor
 from localctl.metrics.statistics import FeatureStatistics, Statistics, distances
 
 BATCH = 16  # files read at once; features are extracted at once of those of one size
+_RECORD = "sample.json"  # of sample.py
 LEFT_OUT = (
     "Not measured, because it needs the records that evaluate_fid.py gen writes beside its images: control inside the "
     "mask, similarity, CLIP score, leak, paired differences."
@@ -43,14 +44,27 @@ class Folder:
 def image_files(folder: Path) -> list[Path]:
     """List all images in ``folder`` and its subfolders, by name; hidden files and other file types are skipped.
 
-    Of a folder of sample.py, only those that its record names: no sheets, inputs or earlier runs. ValueError for a
-    record that cannot be read.
+    Of a folder of sample.py, only those that its record names: no sheets, inputs or earlier runs.
     """
-    record = folder / "sample.json"
-    names = read_object(record, "the record").get("images") if record.is_file() else None
-    if isinstance(names, list):
-        return sorted(folder / Path(str(name)).name for name in names)
-    return sorted(path / name for path, _, names in Walk(folder) for name in names if is_image(name))
+    found: list[Path] = []
+    for path, below, names in Walk(folder):
+        of_run = _images_of_run(path) if _RECORD in names else None
+        if of_run is not None:
+            below.clear()
+        found += [path / name for name in names if is_image(name)] if of_run is None else of_run
+    return sorted(found)
+
+
+def _images_of_run(folder: Path) -> list[Path] | None:
+    """Return the images that the record of sample.py in ``folder`` names, or None if its file is something else."""
+    try:
+        record = read_object(folder / _RECORD, "the record")
+    except ValueError:
+        return None
+    names = record.get("images")
+    if "localctl" not in record or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return None
+    return [folder / Path(name).name for name in names]
 
 
 def check_folders(folders: Mapping[str, Path]) -> None:

@@ -160,7 +160,9 @@ def _lines(name: str, letters: int = LONGEST) -> str:
 
 def _width(line: str) -> int:
     """Return the width of a line of a label in pixels."""
-    from matplotlib.textpath import TextPath
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
 
-    size = float(STYLE["font.size"])
-    return math.ceil(TextPath((0, 0), line, size=size).get_extents().x1 * DPI / 72) if line else 0
+    font = FontProperties(size=float(STYLE["font.size"]))
+    width, _, _ = text_to_path.get_text_width_height_descent(line, font, ismath=False)
+    return math.ceil(width * DPI / 72)

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from localctl.sampling import GenerateOutput
 
 _LONGEST_ENDING = 80  # letters of a file name
 # What a run writes: first what shows that there was one.
-_IMAGES = "[0-9]*_seed*.png"
+_IMAGES = "[0-9][0-9]*_seed[-0-9]*.png"
 _RESULTS = (RECORD, _IMAGES)
 _WRITTEN = (*_RESULTS, "sheet.png", "compare.png", f"steps/{_IMAGES}", *(f"inputs/{name}_[0-9]*" for name in INPUTS))
 
@@ -124,13 +125,18 @@ def subfolder(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def copy_inputs(options: Mapping[str, Any], used: Sequence[Layout], folder: Path) -> dict[str, Any]:
-    """Copy the input files to ``folder``/inputs and return the settings that name the copies, relative to ``folder``:
-    the record needs no other files, and no image can overwrite one of them. What an earlier run wrote to ``folder`` is
-    moved to a subfolder, with its record: a repeated run may read from its own folder, so all inputs are read before.
+@dataclass(frozen=True)
+class Inputs:
+    """The input files of a run, as they were before anything slow. contents: (setting, content) by the place of the
+    copy in the output folder."""
 
-    Predicted layouts are saved as they were ``used``, so that the record does not depend on the predictor.
-    """
+    contents: Mapping[str, tuple[str, bytes]]
+    layouts: Sequence[Layout]
+
+
+def read_inputs(options: Mapping[str, Any], used: Sequence[Layout]) -> Inputs:
+    """Read the input files. Predicted layouts are those that are ``used``, so that the record does not depend on the
+    predictor."""
     contents = {
         f"inputs/{name}_{index}{Path(path).suffix.lower()[:10]}": (name, Path(path).read_bytes())
         for name in INPUTS
@@ -140,15 +146,23 @@ def copy_inputs(options: Mapping[str, Any], used: Sequence[Layout], folder: Path
     }
     predicted = options["layout"] == [AUTO]
     once = used if options["lora_per_prompt"] else dict.fromkeys(used)  # each prompt has its own LoRAs
-    layouts = list(once) if predicted else read_layouts(options)
+    return Inputs(contents, list(once) if predicted else read_layouts(options))
+
+
+def write_inputs(inputs: Inputs, options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Write the input files to ``folder``/inputs and return the settings that name the copies, relative to ``folder``:
+    the record needs no other files, and no image can overwrite one of them. What an earlier run wrote to ``folder`` is
+    moved to a subfolder, with its record."""
     subfolder(folder, "inputs")
     if any(next(folder.glob(name), None) for name in _RESULTS) and (aside := set_aside(folder, _WRITTEN)):
         logger.info(f"{folder} held an earlier run, which is now in {aside}.")
-    copies: dict[str, Any] = dict.fromkeys(("prompt", "layout_seed", "predictor", "color")) if layouts else {}
-    for index, layout in enumerate(layouts):
+    copies: dict[str, Any] = {}
+    if inputs.layouts:
+        copies = dict.fromkeys(("prompt", "layout_seed", "predictor", "color"))
+    for index, layout in enumerate(inputs.layouts):
         path = save_layout(layout, folder / "inputs" / f"layout_{index}.json")  # with its masks
         copies.setdefault("layout", []).append(str(path.relative_to(folder)))
-    for target, (name, content) in contents.items():
+    for target, (name, content) in inputs.contents.items():
         write_bytes(folder / target, content)
         copies.setdefault(name, []).append(target)
     for name, values in copies.items():  # with the words in place of files where they were

@@ -9,14 +9,15 @@ from pathlib import Path
 
 from localctl.jobs.embedded import MOST_TEXT, embedded, record_text
 from localctl.jobs.files import (
-    copy_inputs,
     file_endings,
     names_of,
     open_output,
+    read_inputs,
     save,
     save_images,
     save_record,
     subfolder,
+    write_inputs,
 )
 from localctl.jobs.generate import JobModels, StepProgress, generate_job, load_models
 from localctl.jobs.prepare import Job, prepare, reproducing_options
@@ -50,8 +51,9 @@ def run(options: SampleSettings) -> Iterator[Path]:
 def _generate_all(job: Job, folder: Path) -> Iterator[Path]:
     """Generate the images with each variant and write everything, while the output folder is locked."""
     subfolder(folder, "inputs")  # refused before anything slow
+    inputs = read_inputs(vars(job.options), job.layouts)
     models = load_models(job)  # before an earlier run is moved: it stays where it is if that fails
-    copies = copy_inputs(vars(job.options), job.layouts, folder)
+    copies = write_inputs(inputs, vars(job.options), folder)
     # By the names that the user gave, while the record of the folder has the places found.
     record = embedded({**vars(job.options), **copies}, folder) if job.options.embed_record else None
     if record and len(record_text(record).encode()) > MOST_TEXT:

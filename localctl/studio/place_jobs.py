@@ -12,7 +12,7 @@ from PIL import Image
 from localctl.bases import same_base
 from localctl.control.attention_maps import AttentionMaps
 from localctl.jobs.embedded import Record, embedded
-from localctl.jobs.files import copy_inputs, save, save_images
+from localctl.jobs.files import read_inputs, save, save_images, write_inputs
 from localctl.jobs.generate import StepProgress, generate_job, load_models
 from localctl.jobs.prepare import Job, prepare
 from localctl.jobs.settings import SampleSettings
@@ -63,6 +63,7 @@ def run_job(
     job = prepare(SampleSettings(**settings))
     for note in job.notes:
         report(Note(note))
+    inputs = read_inputs(vars(job.options), job.layouts)
     models, studio.models = studio.models, None
     if models is None or models.pipe is None or models.base != job.base:
         report(Note("Loading the base, once ..."))
@@ -81,7 +82,7 @@ def run_job(
         report(Step(f"Step {step.step} of {step.of}{of}", step.done, previews))
         check()
 
-    copies = copy_inputs(vars(job.options), job.layouts, folder)
+    copies = write_inputs(inputs, vars(job.options), folder)
     record = embedded({**vars(job.options), **copies}, folder)
     outputs = []
     for (_, output), variant, seen in zip(generate_job(watched, models, on_step), job.variants, maps, strict=True):

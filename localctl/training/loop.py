@@ -32,7 +32,7 @@ from localctl.training.encoded import EncodedSource, describe_encoded, not_neede
 from localctl.training.events import Events, Scorer
 from localctl.training.export import ADAPTER, check_hub, write_settings
 from localctl.training.folder import RunFolder
-from localctl.training.resume import check_unchanged, describe
+from localctl.training.resume import check_alike, check_unchanged, describe
 from localctl.training.schedule import FIRST_LOCAL, before_local_term, bound_steps, first_local_step
 from localctl.training.settings import TrainSettings
 from localctl.training.state import TrainState, new_accelerator, new_state
@@ -83,6 +83,7 @@ def prepare(settings: TrainSettings, scorer: Scorer | None = None, parent: int |
     output_dir = Path(settings.output_dir).expanduser()
     check_writable(output_dir)
     accelerator = new_accelerator(settings)
+    check_alike(settings)
     folder = RunFolder(output_dir)
     try:
         state, train, val = _load(settings, accelerator, folder)
@@ -119,12 +120,6 @@ def _load(
     state.info = describe(
         settings, plain(train), base, world_size=accelerator.num_processes, precision=accelerator.mixed_precision
     )
-    hashed = int(state.info["config_sha256"][:12], 16)
-    if state.agree(hashed, -hashed) != [hashed, -hashed]:
-        raise ValueError(
-            "The processes of this job have different settings; give all of them the same, or set WORLD_SIZE=1 for "
-            "trainings of their own."
-        )
     describe_encoded(state.info, train, absent)
     state.info[FIRST_LOCAL] = first_local_step(settings, manifest and manifest["info"])
     if checkpoint is not None and manifest is not None:

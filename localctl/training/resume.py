@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from localctl.data.fingerprint import COUNT, NAMES
 from localctl.data.sample import Source
+from localctl.distributed import union
 from localctl.files import sha256, sha256_of_json
 from localctl.redaction import MASKED, flat, recorded
 from localctl.training.earlier import EARLIER
@@ -92,6 +93,8 @@ _READ = {
 }
 _NOT_READ = ("sample_size", "force_upcast")  # of other parts: the default image size and a hint on the dtype
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+# Free ones that are the same in all processes of a job.
+_ALIKE = ("output_dir", "max_train_steps", "num_train_epochs", "base.name", "adapter_model_name_or_path")
 _ENDS, _SPREAD = 16, 64  # values
 _PROBE = "A photo of 2 red circles, the cat's blue-green hat; and (no. 17) somewhere else!"
 
@@ -128,6 +131,18 @@ def config_hash(settings: TrainSettings) -> str:
     """Return the sha256 of the settings that may not change, including those masked in records."""
     fixed = {key: value for key, value in flat(asdict(settings)).items() if not is_free(key)}
     return sha256_of_json(fixed)
+
+
+def check_alike(settings: TrainSettings) -> None:
+    """Raise ValueError if another process of this job has different settings, on all of them. What may lie elsewhere
+    on each machine, as the data, may differ."""
+    values = flat(asdict(settings))
+    found = union({sha256_of_json([config_hash(settings), *map(values.get, _ALIKE)])})
+    if len(found) > 1:
+        raise ValueError(
+            "The processes of this job have different settings; give all of them the same, or set WORLD_SIZE=1 for "
+            "trainings of their own."
+        )
 
 
 def data_fingerprint(source: Source) -> dict[str, Any]:

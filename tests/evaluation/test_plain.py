@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,7 +68,7 @@ def test_a_folder_alone_is_named_like_itself_and_another_may_be_the_reference(
 ) -> None:
     earlier = {"metrics.json", "metrics.tex", "metrics.png", "sheet_a.png"}  # of sets, which have more files
     (tmp_path / "out").mkdir()
-    for name in (*earlier, "mine.png"):
+    for name in (*earlier, "mine.png", "metrics.csv"):
         (tmp_path / "out" / name).write_text(name)
     argv = [str(folders["photos"]), str(folders["near"]), "--against", "near", f"output_dir={tmp_path / 'out'}"]
     assert evaluate_quantitative_metrics.main(argv) == 0
@@ -77,6 +78,7 @@ def test_a_folder_alone_is_named_like_itself_and_another_may_be_the_reference(
         "metrics.json",
         "metrics.md",
         "mine.png",
+        "metrics.csv",
         "earlier_1",
     }
     kept = {path.name: path.read_text() for path in (tmp_path / "out" / "earlier_1").iterdir()}
@@ -125,7 +127,28 @@ def test_hidden_files_and_other_files_are_no_images(folders: dict[str, Path]) ->
 def test_images_of_a_run_are_those_that_its_record_names(folders: dict[str, Path]) -> None:
     folder = folders["near"]
     images = [path.name for path in image_files(folder) if path.parent == folder]
-    (folder / "sample.json").write_text(json.dumps({"images": images[:2]}))
-    assert image_files(folder) == [folder / name for name in sorted(images[:2])]
-    (folder / "sample.json").write_text(json.dumps({"images": None}))
-    assert len(image_files(folder)) == COUNT
+    record = {"localctl": "1.0", "images": images[:2]}
+    (folder / "earlier_1").mkdir()
+    (folder / "earlier_1" / images[0]).write_bytes((folder / images[0]).read_bytes())
+    (folder / "sample.json").write_text(json.dumps(record))
+    expected = [folder / name for name in sorted(images[:2])]
+    assert image_files(folder) == expected
+    others = [path for path in image_files(folder.parent) if folder not in path.parents]
+    assert image_files(folder.parent) == sorted(expected + others) and len(others) >= COUNT  # of the folders beside it
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"images": [{"id": 1, "file_name": "0.png"}], "annotations": []},  # the form of COCO
+        {"images": ["0.png"]},
+        {"localctl": "1.0", "images": [1]},
+        {"localctl": "1.0", "images": None},
+        ["0.png"],
+        "{",
+    ],
+)
+def test_another_file_of_the_record_s_name_changes_nothing(folders: dict[str, Path], content: Any) -> None:
+    text = content if isinstance(content, str) else json.dumps(content)
+    (folders["near"] / "sample.json").write_text(text)
+    assert len(image_files(folders["near"])) == COUNT

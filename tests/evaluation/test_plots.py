@@ -66,7 +66,7 @@ def test_missing_matplotlib_is_named(monkeypatch):
         bars({"f1": {"a": at(0.2)}})
 
 
-@pytest.mark.parametrize("name", ["two\nlines", "half \ud83d", "x" * 5000, "a\tb\u2028c", "$x^", "漢字"])
+@pytest.mark.parametrize("name", ["two\nlines", "half \ud83d", "x" * 5000, "a\tb\u2028c", "$x^", "漢字", "\u2800"])
 def test_no_name_stops_a_figure(name):
     plain = bars({"f1": {"a": at(0.2)}})
     assert bars({name: {name: at(0.2)}}).height <= 2 * plain.height and plain.size == (558, 80)

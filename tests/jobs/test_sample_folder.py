@@ -21,7 +21,7 @@ from localctl.cli import sample
 from localctl.jobs.files import file_endings, open_output
 from localctl.jobs.variants import Variant
 from localctl.layout import Layout, Region
-from localctl.layout_io import save_layout
+from localctl.layout_io import load_layout, save_layout
 from localctl.lock import LOCK, FolderLock, _start_time
 
 
@@ -85,6 +85,28 @@ def test_images_of_a_run_that_did_not_end_are_kept(plain: list[str], monkeypatch
         patch.setattr(localctl.jobs.run, "generate_job", full)
         assert [sample.main(plain), sample.main(plain)] == [1, 1]  # without an image, there is nothing to keep
     assert sorted(path.name for path in Path("out").glob("earlier*")) == ["earlier_1", "earlier_2"]
+
+
+def test_inputs_are_those_of_before_the_base_is_loaded(base_here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_layout(Layout("a b"), "scene.json")
+    rest = ["--base", "base", "--num_inference_steps", "1", "--output_dir", "out"]
+    load = localctl.jobs.run.load_models
+
+    def removing(job: Any) -> Any:
+        Path("scene.json").unlink()
+        return load(job)
+
+    monkeypatch.setattr(localctl.jobs.run, "load_models", removing)
+    assert sample.main(["--layout", "scene.json", *rest]) == 0
+    assert load_layout("out/inputs/layout_0.json").prompt == "a b"
+
+
+def test_files_of_the_user_alone_are_no_earlier_run(plain: list[str]) -> None:
+    Path("out").mkdir()
+    for name in ("2024_seedlings.png", "1_seed.png", "sheet.png"):
+        Path("out", name).write_text("mine")
+    assert sample.main(plain) == 0 and not list(Path("out").glob("earlier*"))
+    assert Path("out/2024_seedlings.png").read_text() == "mine"
 
 
 def test_links_are_replaced_or_refused(plain: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -120,19 +120,24 @@ def test_processes_that_mpirun_starts_train_together(sd_folder, tmp_path):
     assert [finish(process) for process in start_ranks(2, joined_by_mpi, sd_folder, tmp_path)] == [20, 21]
 
 
-def own_seed(base: Path, folder: Path) -> int:
-    """Prepare a training with a seed and a folder of its own, as a script does that takes each task for a run."""
+def of_its_own(base: Path, folder: Path, name: str) -> int:
+    """Prepare a training with a setting of its own, as a script does that takes each task for a run."""
     data.make_source = small_pictures
+    loop.new_state = None  # found before the base is loaded
     rank = os.environ["RANK"]
     try:
-        silent_run(settings_for(base, folder / rank, "none", 2, seed=int(rank)))
+        if name == "output_dir":
+            silent_run(settings_for(base, folder / rank, "none", 2))
+        else:
+            silent_run(settings_for(base, folder, "none", 2, **{name: 40 + int(rank)}))
     except ValueError as error:
         return 7 if "have different settings" in str(error) else 0
     return 0
 
 
-def test_processes_with_different_settings_do_not_train_together(sd_folder, tmp_path):
-    assert [finish(process) for process in start_ranks(2, own_seed, sd_folder, tmp_path)] == [7, 7]
+@pytest.mark.parametrize("name", ["seed", "output_dir", "max_train_steps"])
+def test_processes_with_different_settings_do_not_train_together(name, sd_folder, tmp_path):
+    assert [finish(process) for process in start_ranks(2, of_its_own, sd_folder, tmp_path, name)] == [7, 7]
 
 
 def unjoined(base: Path, folder: Path, with_rank: bool) -> int:
