@@ -2,7 +2,8 @@
 
 For Stable Diffusion the settings are the published ones; a setting that is missing here has the control's own default.
 The embedded base has coarser grids and another text encoder, so its settings were tuned with
-``python -m research.layout_benchmark --tune`` (see docs/log.md), on layouts that the benchmark does not use.
+``python -m research.layout_benchmark --tune`` (see docs/log.md), on layouts that the benchmark does not use,
+and with its second generation.
 """
 
 from __future__ import annotations
