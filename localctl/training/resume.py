@@ -134,8 +134,7 @@ def config_hash(settings: TrainSettings) -> str:
 
 
 def check_alike(settings: TrainSettings) -> None:
-    """Raise ValueError if another process of this job has different settings, on all of them. What may lie elsewhere
-    on each machine, as the data, may differ."""
+    """Raise ValueError on all processes of this job if their settings differ, but for where data lies."""
     values = flat(asdict(settings))
     found = union({sha256_of_json([config_hash(settings), *map(values.get, _ALIKE)])})
     if len(found) > 1:

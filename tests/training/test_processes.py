@@ -161,7 +161,10 @@ def test_nan_on_one_process_stops_both_and_names_its_sample(sd_folder, tmp_path)
 
 def own_folder(base, folder):
     run_data.make_source = small_pictures
-    settings = settings_for(base, folder / os.environ["RANK"], "none", 2, resume_from_checkpoint="latest")
+    """The same settings, with a folder on the disk of each machine."""
+    os.makedirs(folder / os.environ["RANK"], exist_ok=True)
+    os.chdir(folder / os.environ["RANK"])
+    settings = settings_for(base, Path("run"), "none", 2, resume_from_checkpoint="latest")
     try:
         silent_run(settings)
     except ValueError as error:
@@ -170,9 +173,9 @@ def own_folder(base, folder):
 
 
 def test_processes_that_find_different_checkpoints_do_not_start(sd_folder, tmp_path, small):
-    settings = settings_for(sd_folder, tmp_path / "0", "none", 2, max_train_steps=1, checkpointing_steps=1)
+    settings = settings_for(sd_folder, tmp_path / "0" / "run", "none", 2, max_train_steps=1, checkpointing_steps=1)
     silent_run(settings).train()
-    manifest = tmp_path / "0" / "checkpoint-1" / "manifest.json"
+    manifest = tmp_path / "0" / "run" / "checkpoint-1" / "manifest.json"
     body = json.loads(manifest.read_text())
     body["info"]["world_size"] = 2
     body["sha256"] = sha256_of_json({name: body[name] for name in ("step", "files", "info")})
