@@ -9,6 +9,8 @@ import time
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
+from localctl.lock import start_time
+
 _TORCHRUN, _ACCELERATE = "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"  # set by the launchers
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # of torchrun and `accelerate launch`: ATTEMPT/RANK/error.json
 _HERE, _PORT = "127.0.0.1", "29500"  # the port is torchrun's own default
@@ -90,11 +92,10 @@ def is_first() -> bool:
 
 def _began() -> float:
     """Return when this process began, in seconds since the epoch; without /proc, when this module was imported."""
-    try:
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # since the machine started
-    except OSError:
+    ticks = start_time(os.getpid())  # since the machine started
+    if not ticks:
         return _STARTED
-    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + int(ticks) / os.sysconf("SC_CLK_TCK")
 
 
 def tells(text: str, follows: bool = False) -> bool:
@@ -105,10 +106,10 @@ def tells(text: str, follows: bool = False) -> bool:
     """
     if os.environ.get("WORLD_SIZE", "1") == "1" or _ERROR_FILE not in os.environ:
         return True
-    folder, name = Path(os.environ[_ERROR_FILE]).parents[1], "localctl_told_"
+    folder, name, began = Path(os.environ[_ERROR_FILE]).parents[1], "localctl_told_", _began()
     try:
         for mark in folder.glob(f"{name}*"):
-            if mark.stat().st_mtime < _began():  # of a program that the processes ran before
+            if mark.stat().st_mtime < began:  # of a program that the processes ran before
                 mark.unlink(missing_ok=True)
             elif follows:
                 return False

@@ -48,7 +48,7 @@ class FolderLock:
             "host": socket.gethostname(),
             "space": _pid_space(),
             "pid": os.getpid(),
-            "began": _start_time(os.getpid()),
+            "began": start_time(os.getpid()),
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
         self._done = threading.Event()
@@ -153,10 +153,10 @@ def _is_alive(owner: dict[str, Any]) -> bool | None:
         return False
     except (PermissionError, OverflowError):
         return True
-    return _start_time(pid) == owner.get("began")  # else another process has this id now
+    return start_time(pid) == owner.get("began")  # else another process has this id now
 
 
-def _start_time(pid: int) -> str | None:
+def start_time(pid: int) -> str | None:
     """Return the start time of process ``pid`` in the kernel's clock ticks; "" if it has ended, None if the system has
     no /proc."""
     try:

@@ -19,7 +19,7 @@ def owned_by(folder, **changes):
     folder.mkdir(exist_ok=True)
     parent = os.getppid()
     about = {"token": "other", "host": socket.gethostname(), "space": lock._pid_space(), "pid": parent} | {
-        "began": lock._start_time(parent),
+        "began": lock.start_time(parent),
         "since": "2026-01-01 00:00:00",
     }
     (folder / LOCK).write_text(json.dumps(about | changes))

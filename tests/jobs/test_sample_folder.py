@@ -22,7 +22,7 @@ from localctl.jobs.files import file_endings, open_output
 from localctl.jobs.variants import Variant
 from localctl.layout import Layout, Region
 from localctl.layout_io import load_layout, save_layout
-from localctl.lock import LOCK, FolderLock, _start_time
+from localctl.lock import LOCK, FolderLock, start_time
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_a_folder_in_use_is_refused_before_the_base_is_loaded(
 ) -> None:
     lock = FolderLock(Path("out"))
     owner = json.loads(lock.path.read_text())
-    lock.path.write_text(json.dumps({**owner, "pid": os.getppid(), "began": _start_time(os.getppid())}))
+    lock.path.write_text(json.dumps({**owner, "pid": os.getppid(), "began": start_time(os.getppid())}))
     assert sample.main(plain) == 2
     printed = capsys.readouterr().err
     assert "in use by process" in printed and "loading the base" not in printed

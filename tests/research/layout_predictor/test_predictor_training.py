@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from localctl.cli.config import load_config
 from localctl.layout_predictor import load_predictor
 from localctl.layout_predictor.model import LayoutPredictor
-from localctl.lock import FolderLock, _start_time
+from localctl.lock import FolderLock, start_time
 from localctl.training.checkpoints import save_checkpoint
 from localctl.training.trackers import read_stats
 from research.layout_predictor import train as train_layout_predictor
@@ -110,7 +110,7 @@ def test_an_earlier_run_is_not_overwritten_by_mistake(tmp_path: Path) -> None:
 def test_a_folder_in_use_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lock = FolderLock(tmp_path / "run")
     owner = json.loads(lock.path.read_text())
-    lock.path.write_text(json.dumps({**owner, "pid": os.getppid(), "began": _start_time(os.getppid())}))
+    lock.path.write_text(json.dumps({**owner, "pid": os.getppid(), "began": start_time(os.getppid())}))
     assert train_layout_predictor.main([*TINY, "--output_dir", str(tmp_path / "run")]) == 2
     assert "in use by process" in capsys.readouterr().err
     assert train_layout_predictor.main([*TINY, "--output_dir", str(tmp_path / "other")]) == 0
