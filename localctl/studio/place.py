@@ -158,9 +158,15 @@ def _photo_fields(tab: PlaceTab) -> None:
 def _loading_fields(tab: PlaceTab) -> None:
     with gr.Accordion("Load a layout", open=False, elem_id="place-load"):
         with gr.Row():
-            tab.files["layout"] = gr.UploadButton("Layout (JSON)", file_types=[".json"], type="binary", size="sm")
+            tab.files["layout"] = gr.UploadButton(
+                "Open a layout (JSON)", file_types=[".json"], type="binary", size="sm", elem_id="place-layout"
+            )
             tab.files["colors"] = gr.UploadButton(
-                "Colour map (image)", file_types=[".png", ".jpg", ".jpeg", ".webp"], type="binary", size="sm"
+                "Open a colour map (image)",
+                file_types=[".png", ".jpg", ".jpeg", ".webp"],
+                type="binary",
+                size="sm",
+                elem_id="place-colors",
             )
             tab.buttons["predict"] = gr.Button("Predict from the prompt", size="sm", elem_id="place-predict")
         with gr.Row():

@@ -31,9 +31,9 @@ def type_text(page: Page, selector: str, text: str) -> None:
 
 
 def upload(page: Page, selector: str, name: str, content: bytes) -> None:
-    """Upload a file by the button, or into the field for photos, that ``selector`` names."""
+    """Upload a file by the one button, or into the field for photos, that ``selector`` names."""
     with page.expect_file_chooser() as chooser:
-        page.locator(selector).first.click()
+        page.locator(selector).click()
     kind = "application/json" if name.endswith(".json") else "image/png"
     chooser.value.set_files({"name": name, "mimeType": kind, "buffer": content})
 
