@@ -107,6 +107,12 @@ def scene(index: int, profile: str = "basic", split: str = "train") -> Scene:
     )
 
 
+def render(index: int, objects: tuple[SceneObject, ...], profile: str = "basic", split: str = "train") -> np.ndarray:
+    """Render scene `index` with other objects, on its own background; uint8 (128, 128, 3)."""
+    plan, rng = _plan(index, profile, split)
+    return _render(rng, objects, plan.background)[0]
+
+
 def _plan(index: int, profile: str, split: str) -> tuple[ScenePlan, np.random.Generator]:
     """Return the plan, and the random generator in the state from which the scene is rendered."""
     if profile not in PROFILES:

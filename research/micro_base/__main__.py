@@ -103,6 +103,13 @@ def _add_unet(parser: argparse.ArgumentParser) -> None:
         help="share of scenes with a stated relation, beside those of --unet_mix; above 0, the first object's places "
         "also learn to attend to the relation's word, at all timesteps",
     )
+    add(
+        "--unet_prefer",
+        type=float,
+        default=0,
+        help="weight of the preference of each scene over a wrong image with the same caption: an object twice, two "
+        "colours swapped, one colour or shape changed; 0 = none",
+    )
     add("--unet_noisy", type=float, default=0.22, help="share of timesteps from 700 on, where objects are placed")
     add(
         "--patch",
@@ -128,11 +135,13 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         )
     if not 0 < args.unet_noisy < 0.9:
         raise ValueError(f"--unet_noisy {args.unet_noisy:g} must be between 0 and 0.9.")
+    if not 0 <= args.unet_prefer < float("inf"):
+        raise ValueError(f"--unet_prefer {args.unet_prefer:g} must be 0 or more.")
     if args.denoiser == "transformer" and args.output_dir == MICRO_WEIGHTS:
         raise ValueError("--denoiser transformer would replace the shipped U-Net's base; give --output_dir.")
     if args.denoiser == "transformer" and "roles" in args.parts:
         raise ValueError("--parts roles does not act on --denoiser transformer; leave it out, or train the U-Net.")
-    of_unet = ("prediction_type", "unet_noisy", "unet_relations")
+    of_unet = ("prediction_type", "unet_noisy", "unet_relations", "unet_prefer")
     for name in ("patch", "teacher") if args.denoiser == "unet" else of_unet:
         if getattr(args, name) != parser.get_default(name):
             raise ValueError(f"--{name} does not act on --denoiser {args.denoiser}; leave it out, or change that.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from research.micro_base.data import TrainingScenes
 from research.micro_base.export import export, export_transformer, text_tower
 from research.micro_base.focus import expected_latents, make_focus
 from research.micro_base.loop import LoopConfig, digest, read_weights
+from research.micro_base.preference import wrong_latents
 from research.micro_base.roles import train_roles
 from research.micro_base.transformer import (
     encoder,
@@ -28,7 +30,7 @@ from research.micro_base.transformer import (
     patch_of,
     transformer_kind,
 )
-from research.micro_base.unet import UNET, Encode, Kind, latent_cache, new_unet, train_denoiser
+from research.micro_base.unet import UNET, Encode, Kind, encode_images, latent_cache, new_unet, train_denoiser
 from research.micro_base.unet_loss import LatentCache, Recipe
 from research.micro_base.vae import load_decoder, new_vae, set_scaling, train_decoder, train_vae
 from research.micro_base.words import train_words
@@ -186,9 +188,28 @@ def build_unet(args: argparse.Namespace, data: TrainingScenes, started: float) -
         )
     device = process_device(args.device)
     kind = denoiser_kind(args, data, cache, device)
+    wrong = wrong_images(args, data, device) if args.unet_prefer else None
     return train_denoiser(
-        kind, cache, config, args.workdir, args.unet_batch, recipe, initial, focus, device, args.bf16
+        kind,
+        cache,
+        config,
+        args.workdir,
+        args.unet_batch,
+        recipe,
+        initial,
+        focus,
+        device,
+        args.bf16,
+        wrong,
+        args.unet_prefer,
     )[1]
+
+
+def wrong_images(args: argparse.Namespace, data: TrainingScenes, device: torch.device) -> torch.Tensor:
+    """Return latents of a wrong image for each of the denoiser's scenes."""
+    vae = load(args, data)[2].to(device)
+    path = args.workdir / f"wrong-{args.unet_scenes}-{digest('', vae.encoder, vae.quant_conv)}.pt"
+    return wrong_latents(args.unet_scenes, partial(encode_images, vae), path)
 
 
 def build_decoder(args: argparse.Namespace, data: TrainingScenes) -> bool:
@@ -199,7 +220,9 @@ def build_decoder(args: argparse.Namespace, data: TrainingScenes) -> bool:
 
 def build_clip_vision(args: argparse.Namespace, data: TrainingScenes) -> bool:
     tokenizer, clip, _ = load(args, data)
-    config = LoopConfig(steps=args.clip_vision_steps, learning_rate=7e-4, weight_decay=0.05, minutes=args.minutes)
+    config = LoopConfig(
+        steps=args.clip_vision_steps, learning_rate=7e-4, weight_decay=0.05, ema=0.998, minutes=args.minutes
+    )
     # A U-Net may have a text encoder of its own; the transformer has the CLIP's.
     is_free = args.denoiser == "unet" and digest("", load_text(args, clip)) != digest("", text_tower(clip))
     return train_clip(data.both, tokenizer, config, args.workdir, model=clip, tune_text=is_free)[1]

@@ -23,6 +23,7 @@ from research.micro_base.clock import ClockConfig, train_by_clock
 from research.micro_base.data import SceneCache
 from research.micro_base.focus import Focus
 from research.micro_base.loop import LoopConfig, save_tensors, train
+from research.micro_base.preference import Preference
 from research.micro_base.unet_loss import RECIPE, DenoiserLoss, LatentCache, Recipe, Sampler, UNetLoss, to
 
 Encode = Callable[[list[str]], Tensor]  # texts to states (B, T, width)
@@ -71,18 +72,27 @@ def latent_cache(
     if path.exists():
         # The file is a cache of this program, but the folder may be from anybody: unpickle nothing but tensors.
         return LatentCache(**torch.load(path, weights_only=True))
-    vae.eval().to(memory_format=torch.channels_last)
     latents = []
-    size = 32 if vae.device.type == "cpu" else 256
-    for start in tqdm(range(0, len(cache), size), desc="encoding images", mininterval=10):
-        images = torch.from_numpy(cache.images[start : start + size].copy()).to(vae.device)
-        pixels = images.permute(0, 3, 1, 2).float() / 127.5 - 1
-        posterior = vae.encode(pixels.contiguous(memory_format=torch.channels_last)).latent_dist
-        latents.append((posterior.mean * vae.config.scaling_factor).half().contiguous().cpu())
+    for start in tqdm(range(0, len(cache), 256), desc="encoding images", mininterval=10):
+        latents.append(encode_images(vae, cache.images[start : start + 256]))
     states, lengths, rows = encode_captions(cache.captions, encode, tokenizer)
     content = {"latents": torch.cat(latents), "states": states, "lengths": lengths, "caption_of": rows}
     save_tensors(path, content)
     return LatentCache(**content)
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, images: np.ndarray) -> Tensor:
+    """Return the scaled latents fp16 (B, 4, 16, 16) of images uint8 (B, 128, 128, 3), the means of their posteriors."""
+    vae.eval().to(memory_format=torch.channels_last)
+    latents = []
+    size = 32 if vae.device.type == "cpu" else 256
+    for start in range(0, len(images), size):
+        batch = torch.from_numpy(images[start : start + size].copy()).to(vae.device)
+        pixels = batch.permute(0, 3, 1, 2).float() / 127.5 - 1
+        posterior = vae.encode(pixels.contiguous(memory_format=torch.channels_last)).latent_dist
+        latents.append((posterior.mean * vae.config.scaling_factor).half().contiguous().cpu())
+    return torch.cat(latents)
 
 
 @torch.no_grad()
@@ -126,6 +136,8 @@ def train_denoiser(
     focus: Focus | None = None,
     device: torch.device | str = "cpu",
     bf16: bool = False,
+    wrong: Tensor | None = None,
+    prefer: float = 0.0,
 ) -> tuple[Any, bool]:
     """Train a denoiser; return it, and whether all steps are done.
 
@@ -134,6 +146,8 @@ def train_denoiser(
         initial: weights to start from.
         focus: objects of the cached scenes, for the losses of ``research.micro_base.focus``.
         bf16: compute in bfloat16, in a training by steps under autocast; the weights are updated in float32.
+        wrong: latents of a wrong image for each cached scene, for the loss of ``research.micro_base.preference``.
+        prefer: weight of this loss; its reference has the weights to start from.
     """
     torch.manual_seed(config.seed)
     model = kind.new(cache)
@@ -145,7 +159,11 @@ def train_denoiser(
         model.to(memory_format=torch.channels_last)
     working = copy.deepcopy(model).to(torch.bfloat16) if bf16 and isinstance(config, ClockConfig) else model
     odds = None if focus is None else focus.odds.cumsum(0)
-    loss = kind.loss(working, to(cache, device), recipe, None if focus is None else to(focus, device))
+    on_device = to(cache, device)
+    reference = copy.deepcopy(working).requires_grad_(False)
+    loss = kind.loss(working, on_device, recipe, None if focus is None else to(focus, device))
+    if wrong is not None:
+        loss.preference = Preference(wrong.to(device), kind.loss(reference, on_device, recipe, None).errors, prefer)
     sampler = Sampler(cache.latents.shape, odds, batch, recipe, config.seed, device)
 
     def step_loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from localctl.diffusion import FLOW, add_noise, timesteps_from_uniform, training_target
 from localctl.seeding import key_seed
 from research.micro_base.focus import Focus, focus_loss, record_attention
+from research.micro_base.preference import Preference
 
 FOCUS_WEIGHT = 0.04
 FAR, NEAR = 0.25, 2.25  # weights of the error away from objects, and at objects
@@ -166,6 +167,7 @@ class DenoiserLoss(ABC):
     def __init__(self, cache: LatentCache, focus: Focus | None) -> None:
         """``focus``: objects of the cached scenes."""
         self.cache, self.focus = cache, focus
+        self.preference: Preference | None = None
         self.recorded: list[Tensor] = []
 
     @abstractmethod
@@ -186,8 +188,26 @@ class DenoiserLoss(ABC):
         error = (output.float() - target).square().mean(1)  # (B, 16, 16)
         mse = error.mean((1, 2))  # (B,)
         if self.focus is None:
-            return {"loss": (mse * weight).mean(), "mse": mse.mean()}
-        return self._focused(self.focus, sampled, error, weight) | {"mse": mse.mean()}
+            terms = {"loss": (mse * weight).mean()}
+        else:
+            terms = self._focused(self.focus, sampled, error, weight)
+        if self.preference is not None:
+            preferred, told = self._preferred(self.preference, sampled, states, latents, mse)
+            terms |= {"loss": terms["loss"] + preferred, "told": told}
+        return terms | {"mse": mse.mean()}
+
+    def errors(self, latents: Tensor, sampled: Sampled, states: Tensor) -> Tensor:
+        """Return the squared error (B,) of each sample."""
+        output, target, _ = self.predict(latents, sampled, states)
+        return (output.float() - target).square().mean((1, 2, 3))
+
+    def _preferred(
+        self, preference: Preference, sampled: Sampled, states: Tensor, right: Tensor, mse: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        wrong = preference.wrong[sampled.scenes].float()
+        with torch.no_grad():
+            reference = preference.errors(right, sampled, states) - preference.errors(wrong, sampled, states)
+        return preference.loss(mse, self.errors(wrong, sampled, states), reference, ~sampled.is_empty)
 
     def _focused(self, focus: Focus, sampled: Sampled, error: Tensor, weight: Tensor) -> dict[str, Tensor]:
         scenes, t = sampled.scenes, sampled.timesteps.float()
