@@ -11,6 +11,7 @@ from research.page import signed
 
 # Of each claim the rows, the first pair of which both were trained counts: the row, and the row without it.
 LOCAL_TERM = (
+    ("best_edges", "best"),
     ("cover_edges_late_prompt", "cover_prompt"),
     ("cover_edges_prompt", "cover_prompt"),
     ("cover_edges", "cover"),

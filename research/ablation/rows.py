@@ -101,6 +101,7 @@ ROWS = {
         Row("full_prompt", "cover, full masks, on the prompt's rows", True, "cover_prompt", "full", PROMPT_ROWS),
         Row("best_all", "cover, full masks, margin 8", True, "cover", "best"),
         Row("best", "cover, full masks, margin 8, on the prompt's rows", True, "cover", sampling=PROMPT_ROWS),
+        Row("best_edges", "cover, full masks, margin 8 + edges, on the prompt's rows", True, "best", None, PROMPT_ROWS),
     )
 }
 

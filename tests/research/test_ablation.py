@@ -26,7 +26,8 @@ from research.ablation.rows import ROWS, Sweep, row_cells, sweep_cells
 from research.ablation.sweep import best, loses
 from research.harness import Result, as_rows, write_result
 
-EDGES = {"loss.filter": "edges", "loss.schedule": "low_noise", "loss.weight": 0.1}
+EDGES = {"loss.filter": "edges", "loss.schedule": "low_noise"}
+FAINT_EDGES = EDGES | {"loss.weight": 0.1}
 FULL = {"adapter.mask_resize": "cover", "proportion_full_masks": 1.0}
 # what each row changes of `feature_masked`
 CHANGES = {
@@ -39,14 +40,15 @@ CHANGES = {
     "sobel_nearest": {"loss.filter": "sobel", "adapter.mask_resize": "nearest"},
     "sobel_inside": {"loss.filter": "sobel", "adapter.mask_resize": "inside"},
     "sobel_cover": {"loss.filter": "sobel", "adapter.mask_resize": "cover"},
-    "edges": EDGES,
+    "edges": FAINT_EDGES,
     "logit_normal": {"timestep_sampling": "logit_normal", "logit_mean": 0.2, "logit_std": 0.8},
     "inside_weight": {"loss.masked_denoising_weight": 3.0},
     "cover": {"adapter.mask_resize": "cover"},
     "full": FULL,
     "best": FULL | {"adapter.mask_margin": 8},
-    "cover_edges": {"adapter.mask_resize": "cover", **EDGES},
-    "cover_edges_late": {"adapter.mask_resize": "cover", **EDGES, "loss.start": 0.5},
+    "best_edges": FULL | EDGES | {"adapter.mask_margin": 8, "loss.start": 0.5},
+    "cover_edges": {"adapter.mask_resize": "cover", **FAINT_EDGES},
+    "cover_edges_late": {"adapter.mask_resize": "cover", **FAINT_EDGES, "loss.start": 0.5},
     "cover_edges_strong": {"adapter.mask_resize": "cover", **EDGES, "loss.weight": 0.5},
 }
 
