@@ -11,7 +11,7 @@ from localctl.settings import MaskResize, TimestepSampling
 
 MICRO_WEIGHTS = Path(__file__).parent / "micro" / "weights"
 # Of the defaults, those of adapters.
-OF_ADAPTER = ("mask_resize", "mask_margin")
+OF_ADAPTER = ("mask_resize", "mask_margin", "unconditional_scale")
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 
@@ -25,9 +25,9 @@ class BaseSpec:
         Diffusion settles the layout; on the schedules of micro and PixArt, almost nothing of the image is left at most
         of them. Logit-normal, which prefers the middle, is for flow matching (arXiv 2403.03206).
     scheduler: default for the images that a training generates.
-    mask_resize, mask_margin: defaults of the adapters that are trained on it (``LocalAdapter``). proportion_full_masks:
-        default of their training. On micro those with the strongest control that cost nothing (docs/ablation.md); on
-        others nothing was measured.
+    mask_resize, mask_margin, unconditional_scale: defaults of the adapters that are trained on it (``LocalAdapter``).
+        proportion_full_masks: default of their training. On micro those with the strongest control that cost little
+        (docs/ablation.md); on others nothing was measured.
     pipelines: the classes of pipelines with transformers for which these are the defaults. guided_by: the argument of
         theirs that the guidance scale is. usual_scale: that of other bases with these pipelines; None: the same.
     """
@@ -44,6 +44,7 @@ class BaseSpec:
     mask_resize: MaskResize = "area"
     usual_scale: float | None = None
     mask_margin: int = 0
+    unconditional_scale: float = 1.0
     proportion_full_masks: float = 0.0
 
     @property
@@ -64,6 +65,7 @@ BASES = {
         timestep_sampling="uniform",
         mask_resize="cover",
         mask_margin=8,
+        unconditional_scale=0.0,
         proportion_full_masks=1.0,
     ),
     "sd15": BaseSpec("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5"),

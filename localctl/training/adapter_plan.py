@@ -28,7 +28,7 @@ from localctl.training.settings import MASKING, AdapterConfig, TrainSettings
 
 logger = logging.getLogger(__name__)
 # Of adapters that continue another one, with the defaults of LocalAdapter.
-OF_SETTINGS = {"mask_resize": "area", **MASKING, "mask_margin": 0}
+OF_SETTINGS = {"mask_resize": "area", **MASKING, "mask_margin": 0, "unconditional_scale": 1.0}
 TOKEN_LEVELS = 8  # blocks of a transformer that get a residual
 
 

@@ -12,7 +12,7 @@ from localctl.records import Finite, Positive, Rate, record
 from localctl.settings import MAX_MARGIN, AdapterType, ConditionSpace, MaskResize
 
 # What null stands for in an adapter that continues no other one of ours.
-MASKING = {"mask_condition": False, "mask_features": True, "dim_condition": False, "unconditional_scale": 1.0}
+MASKING = {"mask_condition": False, "mask_features": True, "dim_condition": False}
 
 
 @record("adapter")
@@ -40,7 +40,7 @@ class AdapterConfig:
         null = false.
     level_weights: a factor of each level's features, finest first; null = all 1.
     unconditional_scale: factor of the features beside the negative prompt when images are generated, saved with the
-        adapter; 0 = control is stronger, the prompt weaker; null = 1.
+        adapter; 0 = control is stronger, as guidance multiplies it; null = the base's own, 0 for micro, 1 for others.
     mask_margin: by how many pixels the mask is grown before it masks the features, saved with the adapter; null = the
         base's own, 8 for micro, 0 for others.
     """
