@@ -79,4 +79,5 @@ class AdapterConfig:
     def of_new(self, own: BaseSpec) -> AdapterConfig:
         """Return the settings of a new adapter, or one that continues a T2IAdapter, with what null stands for."""
         found = self.filled(**MASKING)
-        return found.filled(**own.adapter | ({} if found.mask_features else {"mask_margin": 0}))
+        of_plain = {"mask_margin": 0, "unconditional_scale": 1.0}  # a T2IAdapter, used as others use it
+        return found.filled(**own.adapter | ({} if found.mask_features else of_plain))

@@ -16,7 +16,6 @@ logger = logging.getLogger(__name__)
 EARLIER: dict[str, Any] = {
     "adapter.mask_margin": 0,
     "adapter.mask_resize": "area",
-    "adapter.unconditional_scale": 1.0,
     "proportion_full_masks": 0.0,
 }
 

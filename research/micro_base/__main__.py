@@ -137,6 +137,10 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         raise ValueError(f"--unet_noisy {args.unet_noisy:g} must be between 0 and 0.9.")
     if not 0 <= args.unet_prefer < float("inf"):
         raise ValueError(f"--unet_prefer {args.unet_prefer:g} must be 0 or more.")
+    if args.unet_prefer and args.unet_relations:
+        raise ValueError("--unet_prefer does not go together with --unet_relations, whose targets are means of scenes.")
+    if args.unet_prefer and args.continue_from is None and args.unet_init is None:
+        raise ValueError("--unet_prefer needs weights to start from and to compare with; give --continue_from.")
     if args.denoiser == "transformer" and args.output_dir == MICRO_WEIGHTS:
         raise ValueError("--denoiser transformer would replace the shipped U-Net's base; give --output_dir.")
     if args.denoiser == "transformer" and "roles" in args.parts:

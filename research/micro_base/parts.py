@@ -20,7 +20,7 @@ from research.micro_base.data import TrainingScenes
 from research.micro_base.export import export, export_transformer, text_tower
 from research.micro_base.focus import expected_latents, make_focus
 from research.micro_base.loop import LoopConfig, digest, read_weights
-from research.micro_base.preference import wrong_latents
+from research.micro_base.preference import MISTAKES, wrong_latents
 from research.micro_base.roles import train_roles
 from research.micro_base.transformer import (
     encoder,
@@ -188,28 +188,18 @@ def build_unet(args: argparse.Namespace, data: TrainingScenes, started: float) -
         )
     device = process_device(args.device)
     kind = denoiser_kind(args, data, cache, device)
-    wrong = wrong_images(args, data, device) if args.unet_prefer else None
-    return train_denoiser(
-        kind,
-        cache,
-        config,
-        args.workdir,
-        args.unet_batch,
-        recipe,
-        initial,
-        focus,
-        device,
-        args.bf16,
-        wrong,
-        args.unet_prefer,
-    )[1]
+    wrong = wrong_images(args, data, count, device) if args.unet_prefer else None
+    of_loss = {"recipe": recipe, "initial": initial, "focus": focus, "wrong": wrong, "prefer": args.unet_prefer}
+    return train_denoiser(kind, cache, config, args.workdir, args.unet_batch, **of_loss, device=device, bf16=args.bf16)[
+        1
+    ]
 
 
-def wrong_images(args: argparse.Namespace, data: TrainingScenes, device: torch.device) -> torch.Tensor:
-    """Return latents of a wrong image for each of the denoiser's scenes."""
+def wrong_images(args: argparse.Namespace, data: TrainingScenes, count: int, device: torch.device) -> torch.Tensor:
+    """Return latents of a wrong image for each of the denoiser's ``count`` scenes."""
     vae = load(args, data)[2].to(device)
-    path = args.workdir / f"wrong-{args.unet_scenes}-{digest('', vae.encoder, vae.quant_conv)}.pt"
-    return wrong_latents(args.unet_scenes, partial(encode_images, vae), path)
+    path = args.workdir / f"wrong-{count}-{digest(str(MISTAKES), vae.encoder, vae.quant_conv)}.pt"
+    return wrong_latents(count, partial(encode_images, vae), path)
 
 
 def build_decoder(args: argparse.Namespace, data: TrainingScenes) -> bool:

@@ -45,7 +45,8 @@ class Preference:
 
 
 def mistake(objects: Sequence[SceneObject], rng: np.random.Generator) -> tuple[SceneObject, ...]:
-    """Return other objects than the caption's: one of them twice, two colours swapped, or one colour or shape changed.
+    """Return other objects than the caption's: one of them twice, the colours of two of different
+    shapes swapped, or one colour or shape changed.
 
     A mistake that the objects leave no room for is replaced by a change.
     """

@@ -137,7 +137,7 @@ def train_denoiser(
     device: torch.device | str = "cpu",
     bf16: bool = False,
     wrong: Tensor | None = None,
-    prefer: float = 0.0,
+    prefer: float = 1.0,
 ) -> tuple[Any, bool]:
     """Train a denoiser; return it, and whether all steps are done.
 
@@ -160,10 +160,12 @@ def train_denoiser(
     working = copy.deepcopy(model).to(torch.bfloat16) if bf16 and isinstance(config, ClockConfig) else model
     odds = None if focus is None else focus.odds.cumsum(0)
     on_device = to(cache, device)
-    reference = copy.deepcopy(working).requires_grad_(False)
+    preference = None
+    if wrong is not None:  # before the loss records the attention of what it trains
+        reference = kind.loss(copy.deepcopy(working).requires_grad_(False), on_device, recipe, None)
+        preference = Preference(wrong.to(device), reference.errors, prefer)
     loss = kind.loss(working, on_device, recipe, None if focus is None else to(focus, device))
-    if wrong is not None:
-        loss.preference = Preference(wrong.to(device), kind.loss(reference, on_device, recipe, None).errors, prefer)
+    loss.preference = preference
     sampler = Sampler(cache.latents.shape, odds, batch, recipe, config.seed, device)
 
     def step_loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:

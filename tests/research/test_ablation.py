@@ -306,9 +306,9 @@ def test_a_claim_is_met_missed_or_not_measured():
     assert (
         "local term: met (3 seeds).** cover + edges in the second half" in term and "F1 +0.060 [+0.060, +0.060]" in term
     )
-    assert "The defaults: missed (3 seeds)." in defaults and "cost of the mask: met (3 seeds)." in mask
+    assert "Strong control: missed (3 seeds)." in defaults and "cost of the mask: met (3 seeds)." in mask
     term, defaults, mask = claims(cover=0.2, cover_prompt=0.2, cover_edges_late_prompt=0.24, plain_prompt=0.26)
-    assert "local term: missed (3 seeds)." in term and "The defaults: met (3 seeds)." in defaults
+    assert "local term: missed (3 seeds)." in term and "Strong control: met (3 seeds)." in defaults
     assert "cost of the mask: missed (3 seeds)." in mask
     assert all("not measured" in line for line in claims(feature_masked=0.1))
     hint = claims_section(figures_of(base, made("a", "cover", 0, f1), made("b", "cover_edges", 0, f1)))[2]

@@ -77,7 +77,7 @@ def cache() -> LatentCache:
 
 def test_training_tells_right_from_wrong(tmp_path: Path, cache: LatentCache) -> None:
     wrong = cache.latents.flip(2)
-    config = LoopConfig(steps=8, learning_rate=4e-3, warmup=1)
+    config = LoopConfig(steps=15, learning_rate=3e-3, warmup=2)
     recipe = Recipe(empty=0.0)
     torch.manual_seed(0)
     start = UNET.new(cache).state_dict()

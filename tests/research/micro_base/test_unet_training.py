@@ -160,6 +160,8 @@ def test_the_loops_by_steps_and_by_the_clock_sample_the_same_scenes(focus: Focus
         (["--unet_mix", "0.5", "0.5", "0.5"], "add up to at most 1"),
         (["--unet_noisy", "1"], "between 0 and 0.9"),
         (["--unet_prefer", "-1"], "0 or more"),
+        (["--unet_prefer", "1"], "needs weights to start from"),
+        (["--unet_prefer", "1", "--unet_relations", "0.1"], "does not go together"),
         (["--unet_init", "nowhere.pt"], "no file nowhere.pt"),
     ],
 )
