@@ -3,7 +3,7 @@
 For Stable Diffusion the settings are the published ones; a setting that is missing here has the control's own default.
 The embedded base has coarser grids and another text encoder, so its settings were tuned with
 ``python -m research.layout_benchmark --tune`` (see docs/log.md), on layouts that the benchmark does not use,
-and with its second generation.
+and with its second generation; those of the bias with its third.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
         # In the first third of its steps there is almost only noise (abar 0.01 at t = 670); the second settles the
         # layout.
         "micro": {
-            "bias": {"strength": 4.0, "outside_strength": 2.0, "hide_phrases": True},
+            "bias": {"strength": 4.0, "outside_strength": 2.0},
             "dense": {
                 "rest": "free",
                 "separate_texts": False,
