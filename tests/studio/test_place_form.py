@@ -78,10 +78,10 @@ def test_what_is_changed_is_set(tmp_path: Path) -> None:
         sigmas="karras",
         negative_prompt="text",
         overlap="first",
-        **{"bias.strength": 1.5, "bias.hide_phrases": False, "guidance.sites": "mid/4", "dense.w_self": 0.1},
+        **{"bias.strength": 1.5, "bias.hide_phrases": True, "guidance.sites": "mid/4", "dense.w_self": 0.1},
     )
     assert made["control"] == ["bias", "guidance"]
-    assert made["set"] == ["bias.strength=1.5", "bias.hide_phrases=false", "guidance.sites=mid/4"]
+    assert made["set"] == ["bias.strength=1.5", "bias.hide_phrases=true", "guidance.sites=mid/4"]
     assert (made["scheduler"], made["guidance_scale"], made["guidance_rescale"]) == ("ddim", 3.5, 0.5)
     assert (made["clip_skip"], made["use_karras_sigmas"], made["negative_prompt"]) == (1, True, "text")
     assert load_layout(made["layout"][0]).overlap == "first"
