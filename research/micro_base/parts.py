@@ -190,9 +190,10 @@ def build_unet(args: argparse.Namespace, data: TrainingScenes, started: float) -
     kind = denoiser_kind(args, data, cache, device)
     wrong = wrong_images(args, data, count, device) if args.unet_prefer else None
     of_loss = {"recipe": recipe, "initial": initial, "focus": focus, "wrong": wrong, "prefer": args.unet_prefer}
-    return train_denoiser(kind, cache, config, args.workdir, args.unet_batch, **of_loss, device=device, bf16=args.bf16)[
-        1
-    ]
+    _, done = train_denoiser(
+        kind, cache, config, args.workdir, args.unet_batch, **of_loss, device=device, bf16=args.bf16
+    )
+    return done
 
 
 def wrong_images(args: argparse.Namespace, data: TrainingScenes, count: int, device: torch.device) -> torch.Tensor:

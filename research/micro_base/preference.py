@@ -5,6 +5,7 @@ The squared error alone says little of what a caption excludes: an object too ma
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,12 +56,8 @@ def mistake(objects: Sequence[SceneObject], rng: np.random.Generator) -> tuple[S
         twin = _twin(objects, rng)
         if twin is not None:
             return *objects, twin
-    pairs = [
-        (i, j)
-        for j in range(len(found))
-        for i in range(j)
-        if found[i].color != found[j].color and found[i].shape != found[j].shape
-    ]
+    unlike = [(a.color != b.color and a.shape != b.shape) for a, b in itertools.combinations(found, 2)]
+    pairs = list(itertools.compress(itertools.combinations(range(len(found)), 2), unlike))
     if kind == "swapped" and pairs:
         i, j = pairs[int(rng.integers(len(pairs)))]
         found[i], found[j] = replace(found[i], color=found[j].color), replace(found[j], color=found[i].color)
